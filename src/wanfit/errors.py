@@ -1,0 +1,100 @@
+"""Every error that wanfit raises on purpose.
+
+    WanfitError
+    ├── BadRequest            the caller must change what was asked
+    │   ├── BadFrameCount     the number of frames is not 4n + 1, or out of range
+    │   ├── BadSize           width or height is not on the model's grid, or out of range
+    │   ├── BadOption         another option has an illegal value, or two exclude each other
+    │   ├── BadImage          the image is missing, not wanted, unreadable or too large
+    │   ├── BadOutput         the output cannot be written there, or its suffix is unknown
+    │   └── UnknownModel      no model of that name
+    └── WeightsError          the model's files must change
+        ├── WeightsMissing    files that the model needs are not there
+        ├── WeightsBroken     a file is truncated, or does not hold what its header says
+        └── WeightsMismatch   whole files, but of another model
+
+`message` says what happened, with both numbers where there are two; `hint` says what to do about
+it. `code` is stable and meant for programs. Nothing here knows about exit codes or HTTP: the edges
+map the two branches (and a test holds that every leaf is mapped).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class WanfitError(Exception):
+    """Base of all errors raised on purpose. `str(error)` is one line: message, then hint."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(f"{message}. {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class BadRequest(WanfitError):
+    """What was asked cannot be done by any machine; the caller must change it."""
+
+    code = "bad_request"
+
+
+class BadFrameCount(BadRequest):
+    """`num_frames` is not of the form 4n + 1, or out of the model's range."""
+
+    code = "bad_frame_count"
+
+
+class BadSize(BadRequest):
+    """`width` or `height` is not a multiple of the model's grid, or out of its range."""
+
+    code = "bad_size"
+
+
+class BadOption(BadRequest):
+    """An option other than size, frames, image and output has an illegal value."""
+
+    code = "bad_option"
+
+
+class BadImage(BadRequest):
+    """The image is missing, given to a model that takes none, unreadable, or too large."""
+
+    code = "bad_image"
+
+
+class BadOutput(BadRequest):
+    """The output path cannot be written, or its suffix names no format."""
+
+    code = "bad_output"
+
+
+class UnknownModel(BadRequest):
+    """No model has that name; the hint names the closest one."""
+
+    code = "unknown_model"
+
+
+class WeightsError(WanfitError):
+    """The files of a model do not serve the request."""
+
+    code = "weights_error"
+
+
+class WeightsMissing(WeightsError):
+    """A file or a tensor that the model needs is not there."""
+
+    code = "weights_missing"
+
+
+class WeightsBroken(WeightsError):
+    """A weight file is truncated or unreadable, or holds tensors that no network takes."""
+
+    code = "weights_broken"
+
+
+class WeightsMismatch(WeightsError):
+    """The files are whole but belong to another model than the one asked for."""
+
+    code = "weights_mismatch"

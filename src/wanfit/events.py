@@ -1,0 +1,56 @@
+"""What a running generation tells its caller.
+
+The pipeline is a generator of these. Progress, cancellation, metering and writing belong to
+whoever drives it: the pipeline knows neither a terminal nor a file. Nothing here imports torch.
+
+For one clip the order is: StageBegan, then its StepDone (if it counts steps), for each of the
+stages in the order of `Stage`; FramesReady only while "decode" runs; Notice at any time. "image"
+is left out when there is no image.
+
+Dims: F pixel frames, H W pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Stage = Literal["text", "image", "denoise", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageBegan:
+    """A stage starts now, and the one before it is over."""
+
+    stage: Stage
+    steps: int | None  # how many StepDone will follow; None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One step of a stage is done."""
+
+    stage: Stage
+    step: int  # counts from 1
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FramesReady:
+    """The next frames of the clip, in order. Arrays have no single truth, so no equality."""
+
+    frames: npt.NDArray[np.uint8]  # [F, H, W, 3], RGB
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line that a person should see, such as the words that a model does not know."""
+
+    message: str
+
+
+Event = StageBegan | StepDone | FramesReady | Notice
