@@ -37,15 +37,13 @@ def geometry_of(spec: ModelSpec, width: int, height: int, num_frames: int) -> Ge
     Raises BadFrameCount or BadSize, naming the nearest legal values.
     """
     stride = spec.vae.stride_frames
-    if num_frames < 1 or (num_frames - 1) % stride:
-        below, above = nearest_frame_counts(num_frames, stride)
+    below, above = nearest_frame_counts(num_frames, stride)
+    if num_frames not in (below, above):
         raise BadFrameCount(
-            f"{num_frames} frames is not of the form {stride}n + 1",
-            hint=f"The nearest are {below} and {above}" if below != above else f"Use {above}",
+            f"{num_frames} frames is not of the form {stride}n + 1,"
+            f" from 1 to {_most_frames(stride)}",
+            hint=_name_nearest(below, above),
         )
-    most_frames = (ROPE_POSITIONS - 1) * stride + 1
-    if num_frames > most_frames:
-        raise BadFrameCount(f"{num_frames} frames is over the model's limit of {most_frames}")
     for name, pixels in (("width", width), ("height", height)):
         _check_side(spec, name, pixels)
 
@@ -65,26 +63,35 @@ def geometry_of(spec: ModelSpec, width: int, height: int, num_frames: int) -> Ge
 
 
 def nearest_frame_counts(num_frames: int, stride: int = 4) -> tuple[int, int]:
-    """The largest legal count not above `num_frames` and the smallest not below it (at least 1)."""
-    if num_frames <= 1:
-        return 1, 1
-    below = (num_frames - 1) // stride * stride + 1
-    return below, below if below == num_frames else below + stride
+    """The legal counts next below and next above; both the same where there is only one."""
+    return _nearest(num_frames, first=1, step=stride, last=_most_frames(stride))
+
+
+def _most_frames(stride: int) -> int:
+    return (ROPE_POSITIONS - 1) * stride + 1
 
 
 def _check_side(spec: ModelSpec, name: str, pixels: int) -> None:
     grid = spec.grid_px
-    if pixels < grid or pixels % grid:
-        below = max(grid, pixels // grid * grid)
-        above = below if pixels <= grid else below + grid
-        nearest = f"Use {above}" if below == above else f"The nearest are {below} and {above}"
-        raise BadSize(
-            f"A {name} of {pixels} px is not a multiple of {grid}, the grid of {spec.name}",
-            hint=nearest,
-        )
     most = ROPE_POSITIONS * grid
-    if pixels > most:
-        raise BadSize(f"A {name} of {pixels} px is over the limit of {spec.name}, {most} px")
+    below, above = _nearest(pixels, first=grid, step=grid, last=most)
+    if pixels not in (below, above):
+        raise BadSize(
+            f"A {name} of {pixels} px is not a multiple of {grid} from {grid} to {most},"
+            f" the grid of {spec.name}",
+            hint=_name_nearest(below, above),
+        )
+
+
+def _nearest(value: int, *, first: int, step: int, last: int) -> tuple[int, int]:
+    """The numbers of first, first + step, ... last next below and next above `value`."""
+    inside = min(max(value, first), last)
+    below = inside - (inside - first) % step
+    return below, below if below == inside else below + step
+
+
+def _name_nearest(below: int, above: int) -> str:
+    return f"Use {below}" if below == above else f"The nearest are {below} and {above}"
 
 
 def size_for_image(
@@ -92,12 +99,13 @@ def size_for_image(
 ) -> tuple[int, int]:
     """(width, height) of a clip that keeps an image's aspect ratio within about `area_px` pixels.
 
-    I2V-A14B and TI2V-5B round differently, and so do we.
-    Raises BadSize when the image is so narrow that no grid size fits it.
+    I2V-A14B and TI2V-5B round differently, and so do we. The size is legal for `spec`.
+    Raises BadSize when the image is so narrow that no legal size has its shape.
     """
     rule = _size_i2v if spec.task == "i2v" else _size_ti2v
     width, height = rule(image_width, image_height, area_px, spec.vae.stride_px, spec.grid_px)
-    if width < spec.grid_px or height < spec.grid_px:
+    most = ROPE_POSITIONS * spec.grid_px
+    if min(width, height) < spec.grid_px or max(width, height) > most:
         raise BadSize(
             f"An image of {image_width}x{image_height} px is too narrow for an area of"
             f" {area_px} px on a grid of {spec.grid_px} px",
@@ -109,7 +117,7 @@ def size_for_image(
 def _size_i2v(
     image_width: int, image_height: int, area_px: int, stride_px: int, grid_px: int
 ) -> tuple[int, int]:
-    """official: image2video.py. Floor divisions of floats, kept as they are: 832x480 gives 832x464."""
+    """official: image2video.py. Its floats round down as they do there: 832x480 gives 832x464."""
     ratio = image_height / image_width
     patch = grid_px // stride_px
     latent_height = round(math.sqrt(area_px * ratio) // stride_px // patch * patch)
@@ -120,7 +128,7 @@ def _size_i2v(
 def _size_ti2v(
     image_width: int, image_height: int, area_px: int, stride_px: int, grid_px: int
 ) -> tuple[int, int]:
-    """official: utils.py, best_output_size. Rounds one side down, fits the other, keeps the better."""
+    """official: utils.py, best_output_size. Rounds a side down, fits the other; the better wins."""
     del stride_px
     ratio = image_width / image_height
     ideal_width = math.sqrt(area_px * ratio)

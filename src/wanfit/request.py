@@ -6,6 +6,8 @@ The input image is not a field: the edges read it (from a file, an upload, a URL
 
 from __future__ import annotations
 
+import re
+import reprlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from wanfit.specs import ModelSpec, Solver, spec_named
 
 MAX_PROMPT_CHARS = 10_000  # ours: 512 tokens are read; this only bounds the work of tokenizing
 MAX_STEPS = 1000  # one step per training timestep; more cannot differ
+SHIFT_RANGE = (0.01, 100.0)  # ours: from where almost all steps see low noise, to high noise
 SEED_LIMIT = 2**63  # official: generate.py draws from [0, sys.maxsize]
 
 # Names from scripts for the official code, diffusers and ComfyUI -> ours.
@@ -36,9 +39,13 @@ ALIASES: Mapping[str, str] = {
     "base_seed": "seed",
 }
 
+_SIZE = re.compile(r"\s*(\d{1,6})\s*[xX*]\s*(\d{1,6})\s*")
+
+# Which counts are legal is for geometry.py to say; this bound keeps absurd ones out of messages.
+Count = Annotated[int | None, Field(ge=-(10**9), le=10**9)]
 Guidance = Annotated[float | None, Field(ge=0, le=100)]
-T = TypeVar("T")
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+T = TypeVar("T")
 
 
 class VideoRequest(BaseModel):
@@ -47,13 +54,13 @@ class VideoRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: Text
-    model: str = "demo"
+    model: Annotated[str, Field(max_length=100)] = "demo"
     negative_prompt: Text | None = None
-    width: int | None = None  # px
-    height: int | None = None  # px
-    num_frames: int | None = None
+    width: Count = None  # px
+    height: Count = None  # px
+    num_frames: Count = None
     num_inference_steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = None
-    shift: Annotated[float | None, Field(gt=0, le=100)] = None
+    shift: Annotated[float | None, Field(ge=SHIFT_RANGE[0], le=SHIFT_RANGE[1])] = None
     guidance_high: Guidance = None
     guidance_low: Guidance = None
     solver: Solver | None = None
@@ -87,7 +94,7 @@ class VideoRequest(BaseModel):
     def parse(cls, fields: Mapping[str, Any]) -> VideoRequest:
         """Validates untrusted fields. Raises BadOption, one line for the first thing wrong."""
         try:
-            return cls.model_validate(dict(fields))
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise BadOption(_first_problem(error)) from None
 
@@ -160,10 +167,10 @@ def resolve(
 
 def parse_size(size: object) -> tuple[int, int]:
     """(width, height) from "1280x704" or the official "1280*704". Raises ValueError."""
-    parts = str(size).lower().replace("*", "x").split("x")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"size {str(size)[:40]!r} is not WIDTHxHEIGHT, as in 1280x704")
-    return int(parts[0]), int(parts[1])
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None:
+        raise ValueError(f"size {_shown(size)} is not WIDTHxHEIGHT, as in 1280x704")
+    return int(found[1]), int(found[2])
 
 
 def _size(
@@ -188,9 +195,21 @@ def _first_problem(error: ValidationError) -> str:
     """One line from pydantic's list: the field, what is wrong, and what was given."""
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"There is no option {where!r}"
-    if problem["type"] == "literal_error":
-        return f"{where} is {problem['input']!r}, not one of {', '.join(get_args(Solver))}"
-    reason = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{where}: {reason}, got {str(problem['input'])[:60]!r}" if where else reason
+    given = _shown(problem["input"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"There is no option {_shown(where)}"
+        case "missing":
+            return f"{where} is missing"
+        case "literal_error":
+            return f"{where} is {given}, not one of {', '.join(get_args(Solver))}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason}, got {given}" if where else reason
+
+
+def _shown(value: object) -> str:
+    """A short repr on one line of what a stranger sent: however long, deep or huge."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return "a number of thousands of digits"

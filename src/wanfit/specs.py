@@ -61,12 +61,12 @@ class VaeSpec:
     @property
     def stride_px(self) -> int:
         """Pixels per latent row and column: 8 for VAE 2.1, 16 for VAE 2.2."""
-        return self.pixel_patch * 2 ** (len(self.width_multipliers) - 1)
+        return self.pixel_patch << (len(self.width_multipliers) - 1)
 
     @property
     def stride_frames(self) -> int:
         """Pixel frames per latent frame after the first: 4 for every Wan VAE."""
-        return 2 ** sum(self.temporal_downsample)
+        return 1 << sum(self.temporal_downsample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,9 +310,11 @@ def spec_named(name: str) -> ModelSpec:
     Raises UnknownModel, naming the closest one.
     """
     by_name = {spec.name: spec for spec in MODELS}
-    found = by_name.get(name.strip().lower())
+    wanted = name.strip().lower()
+    found = by_name.get(wanted)
     if found is None:
-        close = difflib.get_close_matches(name.strip().lower(), by_name, n=1, cutoff=0.0)
+        longer = [known for known in by_name if known.startswith(wanted)]
+        close = longer or difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.0)
         raise UnknownModel(
             f"There is no model {name!r}",
             hint=f"Did you mean {close[0]!r}? Known: {', '.join(by_name)}",

@@ -66,9 +66,10 @@ class Schedule:
 def make_schedule(solver: Solver, num_steps: int, shift: float) -> Schedule:
     """The official schedule of that solver: even steps from its first sigma to 0, then shifted.
 
-    A larger `shift` spends more of the steps on high noise. official: fm_solvers_unipc.py and
-    fm_solvers.py, set_timesteps; for euler Wan2.2-Lightning, fm_solvers_euler.py. The first two
-    tell the network a truncated integer while the solver uses the sigma as it is.
+    A larger `shift` spends more of the steps on high noise. official: fm_solvers_unipc.py and, for
+    dpm++, fm_solvers.py: there the solver uses the sigma, and the network is told 1000 sigma
+    truncated to an integer. euler is for the distilled models, which are told 1000 sigma as it is
+    (Wan2.2-Lightning, fm_solvers_euler.py).
     """
     assert num_steps >= 1, "a schedule has steps"
     first = UNIPC_FIRST_SIGMA if solver == "unipc" else 1.0
@@ -139,14 +140,14 @@ class Multistep:
         assert index < len(self._sigmas) - 1, "no step is left in the schedule"
         self._predictions.append(latents - self._sigmas[index] * velocity)
         if self._corrects and self._start is not None:
-            # The newest prediction stays as it is: one of the corrected latents costs another call.
+            # The newest prediction stays as it is: a corrected one would cost another evaluation.
             latents = self._move(self._start, index - 1, self._interpolated(index - 1))
         self._start = latents
         self._index = index + 1
         return self._move(latents, index, self._extrapolated(index))
 
     def _move(self, latents: Tensor, index: int, average: Tensor) -> Tensor:
-        """Takes step `index` with that average prediction; the last step (ratio 0) gives it."""
+        """Takes step `index` with that average; the last step, with ratio 0, returns it exactly."""
         ratio = self._sigmas[index + 1] / self._sigmas[index]
         return ratio * latents + (1 - ratio) * average
 
@@ -154,8 +155,8 @@ class Multistep:
         """The average over step `index` as its start shows it, from the past."""
         newest = self._predictions[-1]
         if index == 0 or index == len(self._sigmas) - 2:
-            return newest  # the first step has no past, and the last one is infinitely long
-        slope = (newest - self._predictions[-2]) / self._last_length(index)
+            return newest  # the first step has no past; the last is infinitely long (lambda)
+        slope = (newest - self._predictions[-2]) / self._previous_length(index)
         # Half of the slope, as at the middle: the authors' stand-in for the weighted mean of u.
         return newest + 0.5 * slope
 
@@ -164,27 +165,36 @@ class Multistep:
         start, end = self._predictions[-2], self._predictions[-1]
         if index == 0:
             return start + 0.5 * (end - start)
-        last_length = self._last_length(index)
-        slope = (start - self._predictions[-3]) / last_length
-        weight_slope, weight_end = _parabola_weights(self._length(index), last_length)
+        previous_length = self._previous_length(index)
+        slope = (start - self._predictions[-3]) / previous_length
+        weight_slope, weight_end = _parabola_weights(self._length(index), previous_length)
         return start + weight_slope * slope + weight_end * (end - start)
 
     def _length(self, index: int) -> float:
         """h: the length of step `index` in lambda."""
         return self._lambdas[index + 1] - self._lambdas[index]
 
-    def _last_length(self, index: int) -> float:
+    def _previous_length(self, index: int) -> float:
         """The length of the step before, as a multiple of the length of step `index`."""
         return self._length(index - 1) / self._length(index)
 
 
-def _parabola_weights(length: float, last_length: float) -> tuple[float, float]:
-    """What to give the slope behind a step and the change across it, to average a parabola exactly.
+def _parabola_weights(length: float, previous_length: float) -> tuple[float, float]:
+    """Weights of the slope behind a step and of the change across it, to average a parabola.
 
-    A parabola through u = -last_length, 0 and 1 is m + a u + b u^2, with the slope a - b last_length
-    behind and the change a + b across. Its average is m + a mean(u) + b mean(u^2), means weighted
-    by exp(-length (1 - u)). official: fm_solvers_unipc.py solves the same two equations as R rho = b.
+    The parabola a u + b u^2 has the slope a - b previous_length behind (from u = -previous_length
+    to 0) and the change a + b across (from 0 to 1). Its average is a mean_u + b mean_u2, and that
+    gives two equations for the weights. official: fm_solvers_unipc.py solves them as R rhos = b.
     """
-    weight = -math.expm1(-length) / length  # the integral of exp(-length (1 - u)) from 0 to 1
-    mean_u = (1 - weight) / (length * weight)
-    mean_u2 = (1 - 2 * weight * mean_u / length) ...
+    fraction = -math.expm1(-length)  # 1 - exp(-length): the sum of the point weights, times length
+    mean_u = (1 - fraction / length) / fraction
+    mean_u2 = (1 - 2 * mean_u * fraction / length) / fraction
+    weight_slope = (mean_u - mean_u2) / (1 + previous_length)
+    return weight_slope, mean_u - weight_slope
+
+
+def _lambda(sigma: float) -> float:
+    """ln((1 - sigma) / sigma), from -inf at sigma 1 to +inf at sigma 0."""
+    if sigma in (0.0, 1.0):
+        return math.inf if sigma == 0.0 else -math.inf
+    return math.log1p(-sigma) - math.log(sigma)

@@ -100,7 +100,8 @@ class Dit(nn.Module):
         x = rows.unflatten(-1, (*self.spec.patch, channels)).unflatten(1, grid)
         # [B, t, h, w, p_t, p_h, p_w, C] -> [B, C, t, p_t, h, p_h, w, p_w]
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        latents: Tensor = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents
 
 
 class Block(nn.Module):
@@ -121,7 +122,7 @@ class Block(nn.Module):
         modulation = (self.modulation + context.modulation).unsqueeze(3)  # [B, G, 6, 1, D]
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unbind(2)
 
-        y = modulate(x, shift_a, scale_a, self.eps).to(dtype).flatten(1, 2)
+        y: Tensor = modulate(x, shift_a, scale_a, self.eps).to(dtype).flatten(1, 2)
         y = self.self_attn(y, y, rotary=context.rotary)
         x = x + y.view_as(x) * gate_a
 

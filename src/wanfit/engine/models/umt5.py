@@ -58,7 +58,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bucket: Tensor, padding: Tensor) -> Tensor:
         x = x + self.attn(self.attn_norm(x), bucket, padding)
-        return x + self.ffn(self.ffn_norm(x))
+        out: Tensor = x + self.ffn(self.ffn_norm(x))
+        return out
 
 
 class Attention(nn.Module):

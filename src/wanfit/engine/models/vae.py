@@ -13,6 +13,7 @@ Dims: B batch, C channels, F pixel frames, T latent frames, H W sides.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -94,7 +95,8 @@ class Vae(nn.Module):
     def moments(self, frames: Tensor, history: History | None, *, first: bool) -> Tensor:
         """Mean and log-variance [B, 2 C, T, H, W] before normalisation, of frames or a chunk."""
         x: Tensor = self.encoder(fold_pixels(frames, self.spec.pixel_patch), history, first)
-        return self.to_moments(x)
+        moments: Tensor = self.to_moments(x)
+        return moments
 
     def pixels(self, latents: Tensor, history: History | None, *, first: bool) -> Tensor:
         """Frames [B, 3, f, H, W], not clamped, of latents before normalisation, or a chunk."""
@@ -112,7 +114,7 @@ class Vae(nn.Module):
         return latents.float() / inverse + center
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / std of each latent channel, fp32 [C, 1, 1, 1]. The reciprocal is official."""
+        """Mean and 1 / std per latent channel, fp32 [C, 1, 1, 1]. The reciprocal is official."""
         center = torch.tensor(self.spec.latents_mean, device=device)
         inverse = 1.0 / torch.tensor(self.spec.latents_std, device=device)
         return center.view(-1, 1, 1, 1), inverse.view(-1, 1, 1, 1)
@@ -152,7 +154,7 @@ class Encoder(nn.Module):
                 spatial=i < last,
                 temporal=i < last and spec.temporal_downsample[i],
             )
-            for i, (width, out) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (width, out) in enumerate(itertools.pairwise(widths))
         )
         self.mid = Mid(widths[-1])
         self.norm_out = RmsNorm(widths[-1])
@@ -188,7 +190,7 @@ class Decoder(nn.Module):
                 up_width=out // halved if i < last else None,
                 temporal=up_temporal[i],
             )
-            for i, (width, out) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (width, out) in enumerate(itertools.pairwise(widths))
         )
         self.norm_out = RmsNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2)
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Residual blocks, then half the sides (but in the last stage), then perhaps half the frames."""
+    """Residual blocks, then half the sides (but in the last stage), perhaps half the frames."""
 
     def __init__(
         self, spec: VaeSpec, width: int, out: int, *, spatial: bool, temporal: bool
@@ -275,7 +277,7 @@ class Mid(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Twice norm, SiLU and convolution, added to the input (through a 1x1x1 where widths differ)."""
+    """Twice norm, SiLU and convolution, added to the input (a 1x1x1 of it if widths differ)."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -336,7 +338,7 @@ class TemporalDown(nn.Module):
         self.conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1))
 
     def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        """x: [B, C, F, H, W], F even but for the chunk with the first frame. Sees one frame back."""
+        """x: [B, C, F, H, W], F even but in the chunk with the first frame."""
         if not first:
             assert history is not None
             halved: Tensor = self.conv(history.precede(self, x, 1))
@@ -394,7 +396,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))  # official: gamma
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.view(-1, *[1] * (x.ndim - 2)) * self.weight.shape[0] ** 0.5
+        weight: Tensor = self.weight.view(-1, *[1] * (x.ndim - 2)) * self.weight.shape[0] ** 0.5
         return F.normalize(x.float(), dim=1).to(x.dtype) * weight
 
 
@@ -415,7 +417,8 @@ class AverageDown(nn.Module):
         for axis, factor in ((2, self.frames), (4, self.side), (6, self.side)):
             x = x.unflatten(axis, (-1, factor))
         x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-        return x.unflatten(1, (self.out, -1)).mean(dim=2)
+        means: Tensor = x.unflatten(1, (self.out, -1)).mean(dim=2)
+        return means
 
 
 class DuplicateUp(nn.Module):
@@ -440,11 +443,12 @@ class DuplicateUp(nn.Module):
 def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A two-dimensional layer on every frame of x [B, C, F, H, W]."""
     y = layer(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    frames: Tensor = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return frames
 
 
 def fold_pixels(x: Tensor, patch: int) -> Tensor:
-    """[B, 3, F, H, W] to [B, 3 p p, F, H / p, W / p]; channel = (c p + column) p + row (official)."""
+    """[B, 3, F, H, W] to [B, 3 p p, F, H / p, W / p]; channel (c p + column) p + row, official."""
     if patch == 1:
         return x
     x = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))

@@ -14,8 +14,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale + bias) v, for each head.
 
-    q is [B, L, N, K]; k and v are [B, S, N, K]; `bias` broadcasts to [B, N, L, S] and has q's dtype.
-    `scale` defaults to 1 / sqrt(K). Returns [B, L, N, K] in q's dtype.
+    q is [B, L, N, K]; k and v are [B, S, N, K]; `bias` broadcasts to [B, N, L, S], in q's
+    dtype. `scale` defaults to 1 / sqrt(K). Returns [B, L, N, K] in q's dtype.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

@@ -143,12 +143,14 @@ def from_diffusers(name: str, rows: Sequence[Row]) -> str:
 
 
 def _translate(name: str, pairs: Sequence[tuple[str, str]]) -> str:
-    for source, target in pairs:
+    for source, template in pairs:
         pattern = re.escape(source).replace(r"\*", r"(\d+)")
         if not source.endswith("."):
             pattern += "$"
         match = re.match(pattern, name)
         if match:
-            numbers = iter(match.groups())
-            return re.sub(r"\*", lambda _: next(numbers), target) + name[match.end() :]
+            target = template
+            for number in match.groups():
+                target = target.replace("*", number, 1)
+            return target + name[match.end() :]
     raise KeyError(name)

@@ -1,0 +1,570 @@
+"""How often the demo model shows what its prompt says.
+
+    python -m benchmarks.demo_quality [--weights DIR] [--device cuda] [--workers 4] [--limit N]
+
+Prompts that training never used: combinations of colour, shape and motion held out, phrasings
+held out, both; a set with two objects; a set that starts from an image. Clips are made one by one
+by the engine's own pipeline (`generate_frames`), with the model's default sampling unless told
+otherwise; only the loading of weights is done once. `training.analyser` reads the clips. The same
+is done to the ground truth and to the autoencoder's copy of it, which bound what the transformer
+can reach. Prints Markdown for benchmarks/RESULTS.md, and one line of JSON last.
+Left out: taste, sharpness, and what the model does with words that it does not know.
+
+Dims: F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from training.analyser import ClipScore, ClipSeen, analyse, expected, score
+from training.shapes import (
+    MOTIONS,
+    SHAPES,
+    Split,
+    caption,
+    render,
+    sample_attributes,
+    sample_wording,
+    sizes_named,
+)
+from training.sheet import Strip, draw_sheet, to_uint8
+
+from wanfit.engine.decode import to_uint8 as decoded_to_uint8
+from wanfit.engine.models.dit import Dit
+from wanfit.engine.models.umt5 import Umt5
+from wanfit.engine.models.vae import Vae
+from wanfit.engine.pipeline import VAE_DTYPE, generate_frames
+from wanfit.engine.tokenizer import TextTokenizer
+from wanfit.engine.weights.directory import ModelDirectory, open_directory
+from wanfit.events import FramesReady
+from wanfit.request import VideoRequest, resolve
+from wanfit.service import DEMO_DIRECTORY
+from wanfit.specs import DEMO, Expert
+
+Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
+
+ONE_OBJECT_PROMPTS = 300  # a third each: combination, phrasing, both held out
+TWO_OBJECT_PROMPTS = 150
+IMAGE_PROMPTS = 100
+GROUND_TRUTH_CLIPS = 200
+SHEET_CLIPS = 24
+FAILURES_LISTED = 30
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One clip to make. Plain values, so that it travels to a worker."""
+
+    group: str  # "combination", "phrasing", "both", "two", "image"
+    prompt: str
+    attributes: tuple[int, ...]  # one row of training.shapes
+    sizes_named: tuple[bool, ...]
+    seed: int
+
+    @property
+    def row(self) -> torch.Tensor:
+        return torch.tensor(self.attributes, dtype=torch.int16)
+
+
+def make_tasks(
+    group: str, count: int, seed: int, combinations: Split, phrasings: Split, two: bool = False
+) -> list[Task]:
+    """`count` prompts of one group, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sample_attributes(count, generator, combinations, float(two))
+    wording = sample_wording(rows, generator, phrasings)
+    return [
+        Task(
+            group=group,
+            prompt=caption(row, words),
+            attributes=tuple(row.tolist()),
+            sizes_named=tuple(named.tolist()),
+            seed=seed + i,
+        )
+        for i, (row, words, named) in enumerate(
+            zip(rows, wording, sizes_named(wording), strict=True)
+        )
+    ]
+
+
+def all_tasks(seed: int, limit: int | None) -> list[Task]:
+    """Every prompt of the benchmark; `limit` cuts each group."""
+    third = ONE_OBJECT_PROMPTS // 3
+    groups = [
+        make_tasks("combination", third, seed, "held_out", "train"),
+        make_tasks("phrasing", third, seed + 1000, "train", "held_out"),
+        make_tasks("both", third, seed + 2000, "held_out", "held_out"),
+        make_tasks("two", TWO_OBJECT_PROMPTS // 2, seed + 3000, "held_out", "train", two=True),
+        make_tasks("two", TWO_OBJECT_PROMPTS // 2, seed + 4000, "held_out", "held_out", two=True),
+        make_tasks("image", IMAGE_PROMPTS, seed + 5000, "held_out", "train"),
+    ]
+    return list(itertools.chain.from_iterable(group[:limit] for group in groups))
+
+
+# ---------------------------------------------------------------------------------------------
+# Clips
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How clips are made. None: the model's default."""
+
+    weights: Path
+    device: str
+    precision: str
+    size: tuple[int, int]  # (width, height), px
+    frames: int
+    steps: int | None
+    guidance: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One clip that was made, and what is in it."""
+
+    task: Task
+    frames: Frames
+    seen: ClipSeen
+    score: ClipScore
+    first_frame_psnr_db: float | None  # against the given image; None without one
+    elapsed_s: float
+
+    @property
+    def right(self) -> bool:
+        return (
+            self.score.background
+            and self.score.count
+            and all(o.right and o.size is not False for o in self.score.objects)
+        )
+
+
+class LoadedWeights:
+    """A model directory that keeps each network once it is loaded (pipeline.Weights)."""
+
+    def __init__(self, directory: ModelDirectory) -> None:
+        self.tokenizer: Callable[[], TextTokenizer] = functools.cache(directory.tokenizer)
+        self._umt5 = functools.cache(directory.load_umt5)
+        self._dit = functools.cache(directory.load_dit)
+        self._vae = functools.cache(directory.load_vae)
+
+    def load_umt5(self, device: torch.device, dtype: torch.dtype) -> Umt5:
+        return self._umt5(device, dtype)
+
+    def load_dit(self, expert: Expert, device: torch.device, dtype: torch.dtype) -> Dit:
+        return self._dit(expert, device, dtype)
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Vae:
+        return self._vae(device, dtype)
+
+
+class Maker:
+    """Makes clips in one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.weights = LoadedWeights(open_directory(settings.weights, DEMO))
+
+    def make(self, task: Task) -> Outcome:
+        """One clip by the engine's pipeline, read by the analyser."""
+        given = self._first_frame(task) if task.group == "image" else None
+        began_s = time.perf_counter()
+        frames = self._generate(task, given)
+        elapsed_s = time.perf_counter() - began_s
+        seen = analyse(frames)
+        return Outcome(
+            task=task,
+            frames=frames,
+            seen=seen,
+            score=score(seen, expected(task.row), task.sizes_named),
+            first_frame_psnr_db=None if given is None else psnr_db(frames[0], given),
+            elapsed_s=elapsed_s,
+        )
+
+    def _generate(self, task: Task, given: Frames | None) -> Frames:
+        settings = self.settings
+        image = None if given is None else Image.fromarray(given)
+        fields: dict[str, Any] = {
+            "prompt": task.prompt,
+            "width": settings.size[0],
+            "height": settings.size[1],
+            "num_frames": settings.frames,
+            "seed": task.seed,
+            "num_inference_steps": settings.steps,
+            "guidance": settings.guidance,
+        }
+        request = resolve(
+            VideoRequest.parse(fields), DEMO, image_size=image.size if image else None
+        )
+        events = generate_frames(request, self.weights, image, self.device, self.dtype)
+        chunks = [event.frames for event in events if isinstance(event, FramesReady)]
+        return np.concatenate(chunks)
+
+    def _first_frame(self, task: Task) -> Frames:
+        """What the clip should begin with, drawn: uint8 [H, W, 3]."""
+        frame: Frames = self.draw(task)[0]
+        return frame
+
+    def draw(self, task: Task) -> Frames:
+        """The ground truth."""
+        width, height = self.settings.size
+        return to_uint8(render(task.row[None], self.settings.frames, height, width)[0])
+
+    @torch.inference_mode()
+    def copy(self, frames: Frames) -> Frames:
+        """The autoencoder's copy of a clip."""
+        vae = self.weights.load_vae(self.device, VAE_DTYPE)
+        pixels = torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2).float() / 127.5 - 1
+        latents = vae.encode(pixels[None])
+        return np.concatenate([decoded_to_uint8(chunk) for chunk in vae.decode(latents)])
+
+
+_maker: Maker | None = None  # of a worker process
+
+
+def _start_worker(settings: Settings) -> None:
+    global _maker  # what a worker keeps between its tasks
+    torch.set_num_threads(1)
+    _maker = Maker(settings)
+
+
+def _work(task: Task) -> Outcome:
+    assert _maker is not None, "the worker was not started by _start_worker"
+    return _maker.make(task)
+
+
+def make_all(tasks: Sequence[Task], maker: Maker, workers: int) -> Iterator[Outcome]:
+    """The outcomes in the order of the tasks."""
+    if workers <= 1:
+        yield from map(maker.make, tasks)
+        return
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(maker.settings,),
+    ) as pool:
+        yield from pool.map(_work, tasks)
+
+
+def psnr_db(frames: Frames, reference: Frames) -> float:
+    """Peak signal to noise ratio of bytes; 99 where they are equal."""
+    error = np.mean((frames.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the table."""
+
+    key: str  # ends in its unit
+    what: str
+    value: float
+    count: int  # clips or objects that it is measured on
+    bar: float | None = None
+    least: bool = True  # the bar is a least value (else a most)
+
+    @property
+    def verdict(self) -> str:
+        if self.bar is None:
+            return ""
+        met = self.value >= self.bar if self.least else self.value <= self.bar
+        return "pass" if met else "**fail**"
+
+
+def percent(
+    key: str, what: str, marks: Iterable[bool | None], bar: float | None = None
+) -> list[Figure]:
+    """The share of True among the marks that are not None; nothing where there are none."""
+    counted = [mark for mark in marks if mark is not None]
+    if not counted:
+        return []
+    value = 100 * sum(counted) / len(counted)
+    return [Figure(f"{key}_percent", what, value, len(counted), bar)]
+
+
+def object_marks(scores: Sequence[ClipScore], attribute: str) -> list[bool | None]:
+    return [getattr(o, attribute) for clip in scores for o in clip.objects]
+
+
+def attribute_figures(
+    prefix: str, name: str, scores: Sequence[ClipScore], bars: bool = False
+) -> list[Figure]:
+    """Colour, background, motion, shape, size and exchanged colours of a set of clips."""
+
+    def bar(value: float) -> float | None:
+        return value if bars else None
+
+    exchanged = [
+        Figure(f.key, f.what, f.value, f.count)
+        for f in percent(
+            f"{prefix}_exchanged", f"{name}: colours exchanged", [s.exchanged for s in scores]
+        )
+    ]
+    return [
+        *percent(
+            f"{prefix}_shape_color",
+            f"{name}: shape colour right",
+            object_marks(scores, "color"),
+            bar(97),
+        ),
+        *percent(
+            f"{prefix}_background",
+            f"{name}: background colour right",
+            [s.background for s in scores],
+            bar(97),
+        ),
+        *percent(
+            f"{prefix}_motion", f"{name}: motion right", object_marks(scores, "motion"), bar(93)
+        ),
+        *percent(f"{prefix}_shape", f"{name}: shape right", object_marks(scores, "shape"), bar(90)),
+        *percent(
+            f"{prefix}_size", f"{name}: size right, where named", object_marks(scores, "size")
+        ),
+        *percent(f"{prefix}_count", f"{name}: as many objects as asked", [s.count for s in scores]),
+        *exchanged,
+    ]
+
+
+def all_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
+    """The figures of what the model made."""
+
+    def of(*groups: str) -> list[ClipScore]:
+        return [o.score for o in outcomes if o.task.group in groups]
+
+    figures = attribute_figures("one", "one object", of("combination", "phrasing", "both"), True)
+    for group in ("combination", "phrasing", "both"):
+        name = "combination and phrasing" if group == "both" else group
+        for attribute in ("motion", "shape"):
+            figures += percent(
+                f"{group}_{attribute}",
+                f"one object, {name} held out: {attribute} right",
+                object_marks(of(group), attribute),
+            )
+    two = of("two")
+    figures += percent(
+        "two_both_right",
+        "two objects: colour, shape and motion of both right",
+        [all(o.right for o in clip.objects) for clip in two],
+        70,
+    )
+    figures += attribute_figures("two", "two objects", two)
+    figures += image_figures([o for o in outcomes if o.task.group == "image"])
+    return figures
+
+
+def image_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
+    """The figures of the clips that start from an image."""
+    if not outcomes:
+        return []
+    values = [o.first_frame_psnr_db for o in outcomes if o.first_frame_psnr_db is not None]
+    scores = [o.score for o in outcomes]
+    return [
+        *psnr_figures("image_first_frame", "from an image: first frame", values, bar=28),
+        *percent("image_motion", "from an image: motion right", object_marks(scores, "motion"), 90),
+        *percent("image_shape", "from an image: shape right", object_marks(scores, "shape")),
+        *percent("image_shape_color", "from an image: colour", object_marks(scores, "color")),
+    ]
+
+
+def psnr_figures(
+    key: str, what: str, values: Sequence[float], bar: float | None = None
+) -> list[Figure]:
+    """Median and least; the bar holds for the median."""
+    return [
+        Figure(
+            f"{key}_psnr_median_db", f"{what}, PSNR, median (dB)", median(values), len(values), bar
+        ),
+        Figure(f"{key}_psnr_least_db", f"{what}, PSNR, least (dB)", min(values), len(values)),
+    ]
+
+
+def bounds(maker: Maker, seed: int, limit: int | None) -> list[Figure]:
+    """What the analyser makes of the ground truth, and of the autoencoder's copy of it."""
+    half = min(GROUND_TRUTH_CLIPS // 2, limit or GROUND_TRUTH_CLIPS)
+    tasks = make_tasks("truth", half, seed + 6000, "held_out", "train")
+    tasks += make_tasks("truth", half, seed + 7000, "held_out", "train", two=True)
+    truth, copies, values = [], [], []
+    for task in tasks:
+        drawn = maker.draw(task)
+        copied = maker.copy(drawn)
+        truth.append(score(analyse(drawn), expected(task.row)))
+        copies.append(score(analyse(copied), expected(task.row)))
+        values.append(psnr_db(copied, drawn))
+    return [
+        *psnr_figures("vae", "autoencoder alone", values),
+        *attribute_figures("vae", "autoencoder alone", copies),
+        *attribute_figures("truth", "ground truth", truth),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------
+
+
+def print_table(figures: Sequence[Figure]) -> None:
+    print("| figure | value | bar | | measured on |")
+    print("| --- | ---: | ---: | --- | ---: |")
+    for f in figures:
+        unit = " %" if f.key.endswith("percent") else ""
+        bar = "" if f.bar is None else f"{f.bar:g}{unit}"
+        print(f"| {f.what} | {f.value:.1f}{unit} | {bar} | {f.verdict} | {f.count} |")
+
+
+def print_breakdown(outcomes: Sequence[Outcome]) -> None:
+    """Right motions by motion and right shapes by shape, all text prompts together."""
+    print("\n| asked for | motion right | | asked for | shape right |")
+    print("| --- | ---: | --- | --- | ---: |")
+    pairs = [
+        (want, got)
+        for o in outcomes
+        if o.task.group != "image"
+        for want, got in zip(expected(o.task.row).objects, o.score.objects, strict=True)
+    ]
+    for i in range(max(len(MOTIONS), len(SHAPES))):
+        cells = []
+        for names, attribute in ((MOTIONS, "motion"), (SHAPES, "shape")):
+            if i >= len(names):
+                cells += ["", ""]
+                continue
+            marks = [
+                getattr(got, attribute) is not False
+                for want, got in pairs
+                if getattr(want, attribute) == i
+            ]
+            cells += [names[i], f"{sum(marks)} of {len(marks)}"]
+        print(f"| {cells[0]} | {cells[1]} | | {cells[2]} | {cells[3]} |")
+
+
+def print_failures(outcomes: Sequence[Outcome]) -> None:
+    """What was asked and what was seen."""
+    wrong = [o for o in outcomes if not o.right]
+    print(f"\n{len(wrong)} of {len(outcomes)} clips have something wrong; the first of them:\n")
+    for o in wrong[:FAILURES_LISTED]:
+        print(f'- {o.task.group}, seed {o.task.seed}: "{o.task.prompt}" → {o.seen.describe()}')
+
+
+def draw_sheets(outcomes: Sequence[Outcome], path: Path) -> None:
+    """STEM-failures.png and STEM-successes.png beside `path`."""
+    for name, right in (("failures", False), ("successes", True)):
+        chosen = [o for o in outcomes if o.right == right][:SHEET_CLIPS]
+        strips = [
+            Strip(o.frames, (f"{o.task.prompt} [{o.task.seed}]", f"seen: {o.seen.describe()}"))
+            for o in chosen
+        ]
+        if strips:
+            file = path.with_name(f"{path.stem}-{name}.png")
+            draw_sheet(strips, file)
+            print(f"sheet: {file}", file=sys.stderr)
+
+
+def counted(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """The same, reporting progress on stderr."""
+    began_s = time.perf_counter()
+    for done, outcome in enumerate(outcomes, start=1):
+        if done % 25 == 0:
+            elapsed_s = time.perf_counter() - began_s
+            print(f"{done} clips, {elapsed_s:.0f} s", file=sys.stderr, flush=True)
+        yield outcome
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Counts how often clips show what was asked for.")
+    parser.add_argument("--weights", type=Path, default=DEMO_DIRECTORY, help="model directory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make clips")
+    parser.add_argument("--limit", type=int, help="at most this many clips of each group")
+    parser.add_argument("--seed", type=int, default=20_000)
+    parser.add_argument("--size", default="128x128", help="WIDTHxHEIGHT in px")
+    parser.add_argument("--frames", type=int, default=DEMO.sampling.num_frames)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--sheet", type=Path, help="PNG: writes STEM-failures and STEM-successes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse_arguments()
+    width, height = (int(side) for side in given.size.split("x"))
+    settings = Settings(
+        weights=given.weights,
+        device=given.device,
+        precision=given.precision or ("bf16" if given.device.startswith("cuda") else "fp32"),
+        size=(width, height),
+        frames=given.frames,
+        steps=given.steps,
+        guidance=given.guidance,
+    )
+    began_s = time.perf_counter()
+    maker = Maker(settings)
+    tasks = all_tasks(given.seed, given.limit)
+    outcomes = list(counted(make_all(tasks, maker, given.workers)))
+    figures = [*all_figures(outcomes), *bounds(maker, given.seed, given.limit)]
+    clip_s = median(o.elapsed_s for o in outcomes)
+    total_s = time.perf_counter() - began_s
+
+    on_gpu = settings.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(maker.device) if on_gpu else platform.machine()
+    command = shlex.join(["python", "-m", "benchmarks.demo_quality", *sys.argv[1:]])
+    print(
+        f"{date.today().isoformat()}, {settings.device} ({machine}), torch {torch.__version__},"
+        f" {settings.precision}, {given.size}, {given.frames} frames, {given.workers} workers,"
+        f" {clip_s:.2f} s per clip, {total_s:.0f} s in all: `{command}`\n"
+    )
+    print_table(figures)
+    print_breakdown(outcomes)
+    print_failures(outcomes)
+    if given.sheet:
+        draw_sheets(outcomes, given.sheet)
+    summary = {f.key: round(f.value, 2) for f in figures}
+    failed = [f.key for f in figures if f.verdict == "**fail**"]
+    print(
+        "\n"
+        + json.dumps(
+            {
+                **summary,
+                "clip_median_s": round(clip_s, 3),
+                "total_s": round(total_s),
+                "failed": failed,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

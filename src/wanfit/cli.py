@@ -1,0 +1,388 @@
+"""The command line: `wanfit generate`, `wanfit models`.
+
+An edge: it reads arguments and the environment, draws progress, and maps errors to exit codes:
+
+    0 done · 1 our fault · 2 bad request · 3 does not fit (not raised yet)
+    4 weights missing or broken · 5 interrupted
+
+stdout carries the result only: the path of the clip, or with --json one JSON object (the report,
+or {"error": {"code", "message", "hint"}}). Everything else goes to stderr, an error as one line.
+This module imports nothing heavy, so that `wanfit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, Self
+
+import typer
+
+from wanfit.errors import BadRequest, WanfitError, WeightsError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from wanfit.events import Event, Stage
+    from wanfit.service import Report
+    from wanfit.specs import ModelSpec
+
+EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 4, 5
+TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
+
+LINE_EVERY_S = 5.0  # without a terminal: a line at least so often while steps go by,
+LINE_EVERY_PART = 0.1  # or after each tenth of a stage,
+LINE_AT_MOST_EVERY_S = 1.0  # but not more often than this
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_SIGNAL_S = 2.0  # a second Ctrl-C within this is the same wish, and must not stop the clean-up
+
+# typer carries its own click in some versions, and exports only this leaf of its usage errors.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    help="Runs the Wan 2.2 video models on the GPU and memory you have.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class _Interrupted(BaseException):
+    """A signal asked us to stop. Not KeyboardInterrupt, which typer turns into exit code 130."""
+
+
+def main() -> NoReturn:
+    """The `wanfit` console script."""
+    _stop_on_signals()
+    code = run(sys.argv[1:])
+    for number in STOP_SIGNALS:  # all is said and done: a late Ctrl-C must not change the code
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and gives its exit code. Never raises, but with WANFIT_TRACEBACK=1."""
+    as_json = "--json" in arguments
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(args=arguments, prog_name="wanfit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except _Interrupted:
+        _say_error(as_json, "interrupted", "Interrupted, nothing was written")
+        return EXIT_INTERRUPTED
+    except WanfitError as error:
+        _say_error(as_json, error.code, error.message, error.hint)
+        return exit_code(error)
+    except _UsageError as error:
+        _say_error(as_json, "bad_option", error.format_message().rstrip("."), "See wanfit --help")
+        return EXIT_BAD_REQUEST
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        _say_error(
+            as_json,
+            "internal_error",
+            f"{type(error).__name__}: {error}",
+            f"This is a fault of wanfit; run it again with {TRACEBACK_VARIABLE}=1 and report it",
+        )
+        return EXIT_OUR_FAULT
+
+
+def exit_code(error: WanfitError) -> int:
+    """The exit code of an error that wanfit raises on purpose."""
+    match error:
+        case BadRequest():
+            return EXIT_BAD_REQUEST
+        case WeightsError():
+            return EXIT_WEIGHTS
+        case _:
+            return EXIT_OUR_FAULT
+
+
+def _say_error(as_json: bool, code: str, message: str, hint: str = "") -> None:
+    line = " ".join(f"{message}. {hint}".split() if hint else message.split())
+    typer.echo(f"error: {line}", err=True)
+    if as_json:
+        _say_json({"error": {"code": code, "message": message, "hint": hint}})
+
+
+def _say_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _stop_on_signals() -> None:
+    """Ctrl-C, `kill` and a closed terminal all end the same way: clean-up, one line, exit code 5.
+
+    A signal that the parent chose to ignore (nohup) stays ignored.
+    """
+    last_s = -SAME_SIGNAL_S
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if now_s - last_s >= SAME_SIGNAL_S:
+            last_s = now_s
+            raise _Interrupted
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from wanfit.service import version
+
+        typer.echo(f"wanfit {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """Runs the Wan 2.2 video models on the GPU and memory you have."""
+
+
+@app.command()
+def generate(  # noqa: PLR0913  one parameter per option is how typer reads a command line
+    prompt: Annotated[str, typer.Argument(help="What the clip shows.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Which model; see wanfit models.")] = "demo",
+    image: Annotated[str | None, typer.Option(help="First frame: an image file.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4n + 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt, for both experts.")
+    ] = None,
+    guidance_high: Annotated[
+        float | None, typer.Option(help="The same for the high-noise expert.")
+    ] = None,
+    guidance_low: Annotated[
+        float | None, typer.Option(help="The same for the low-noise expert.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift of the schedule.")] = None,
+    solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same clip; -1: random.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto (bf16 on CUDA, fp32 on the CPU), fp32 or bf16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="Model directory in diffusers layout.", metavar="DIR")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="A .mp4, .gif or .npy file, or a directory for PNG frames."
+            " Default: outputs/MODEL-PROMPT-SEED.mp4, never one that exists."
+        ),
+    ] = None,
+    contact_sheet: Annotated[
+        bool, typer.Option("--contact-sheet", help="Also write eight frames as one PNG beside it.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Make a clip from PROMPT. Options that are not given take the model's official defaults."""
+    from wanfit import service
+
+    options: dict[str, Any] = {
+        "size": size,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance": guidance,
+        "guidance_high": guidance_high,
+        "guidance_low": guidance_low,
+        "negative_prompt": negative_prompt,
+        "shift": shift,
+        "solver": solver,
+        "seed": seed,
+    }
+    with _progress() as progress:
+        report = service.generate(
+            prompt,
+            model=model,
+            image=image,
+            weights=weights,
+            device=device,
+            precision=precision,
+            output=output,
+            contact_sheet=contact_sheet,
+            on_event=progress.show,
+            **options,
+        )
+    if as_json:
+        _say_json(report.to_json())
+    else:
+        typer.echo(_summary(report), err=True)
+        typer.echo(report.output)
+
+
+def _summary(report: Report) -> str:
+    settings = report.settings
+    sheet = f"; contact sheet {report.contact_sheet}" if report.contact_sheet else ""
+    return (
+        f"{report.num_frames} frames of {settings['width']}x{settings['height']} px at"
+        f" {settings['fps']} fps, seed {settings['seed']}, {report.total_s:.1f} s on"
+        f" {report.device} in {report.precision}{sheet}"
+    )
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the models, their defaults, and whether their weights are here."""
+    from wanfit.specs import MODELS
+
+    if as_json:
+        _say_json({"models": [_describe_model(spec) for spec in MODELS]})
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("model", "task", "sizes", "frames", "fps", "steps", "guidance", "weights here")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for spec in MODELS:
+        about = _describe_model(spec)
+        table.add_row(
+            spec.name,
+            spec.task,
+            "\n".join(about["sizes"]),
+            str(about["num_frames"]),
+            str(about["fps"]),
+            str(about["num_inference_steps"]),
+            " / ".join(str(scale) for scale in about["guidance"].values()),
+            "yes" if about["weights"] else "no",
+        )
+    Console().print(table)
+
+
+def _describe_model(spec: ModelSpec) -> dict[str, Any]:
+    from wanfit.service import weights_here
+
+    sampling = spec.sampling
+    guidance = {"high_noise": sampling.guidance_high, "low_noise": sampling.guidance_low}
+    weights = weights_here(spec)
+    return {
+        "model": spec.name,
+        "summary": spec.summary,
+        "task": spec.task,
+        "sizes": [f"{width}x{height}" for width, height in spec.presets],
+        "num_frames": sampling.num_frames,
+        "fps": sampling.fps,
+        "num_inference_steps": sampling.num_inference_steps,
+        "shift": sampling.shift,
+        "solver": sampling.solver,
+        "guidance": {expert: guidance[expert] for expert in spec.experts},
+        "weights": str(weights) if weights else None,
+    }
+
+
+class _Progress(Protocol):
+    """Shows events to a person, on stderr."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def show(self, event: Event) -> None: ...
+
+
+def _progress() -> _Progress:
+    """A bar on a terminal, plain lines otherwise."""
+    return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+class _Lines:
+    """A line as each stage begins, one now and then while its steps go by."""
+
+    def __init__(self) -> None:
+        self._stage_began_s = 0.0
+        self._said_s = 0.0
+        self._said_step = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        from wanfit.events import Notice, StageBegan, StepDone
+
+        match event:
+            case StageBegan(stage=stage, steps=steps):
+                self._stage_began_s = self._said_s = time.monotonic()
+                self._said_step = 0
+                typer.echo(f"{stage}: {steps} steps" if steps else stage, err=True)
+            case StepDone(stage=stage, step=step, steps=steps):
+                self._step(stage, step, steps)
+            case Notice(message=message):
+                typer.echo(f"note: {message}", err=True)
+
+    def _step(self, stage: Stage, step: int, steps: int) -> None:
+        now_s = time.monotonic()
+        silent_s = now_s - self._said_s
+        far = step - self._said_step >= LINE_EVERY_PART * steps and silent_s >= LINE_AT_MOST_EVERY_S
+        if not far and silent_s < LINE_EVERY_S:
+            return
+        self._said_s, self._said_step = now_s, step
+        left_s = (now_s - self._stage_began_s) / step * (steps - step)
+        typer.echo(f"{stage}: step {step} of {steps}, {left_s:.0f} s left", err=True)
+
+
+class _Bar:
+    """One bar for the stage that runs: its name, steps, and the time that is left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress: Progress = Progress(
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        from wanfit.events import Notice, StageBegan, StepDone
+
+        match event:
+            case StageBegan(stage=stage, steps=steps):
+                if self._task is not None:
+                    self._progress.remove_task(self._task)
+                self._task = self._progress.add_task(stage, total=steps)
+            case StepDone(step=step):
+                assert self._task is not None, "a step belongs to a stage"
+                self._progress.update(self._task, completed=step)
+            case Notice(message=message):
+                self._progress.console.print(
+                    f"note: {message}", markup=False, highlight=False, soft_wrap=True
+                )

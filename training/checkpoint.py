@@ -1,0 +1,73 @@
+"""Tensors to safetensors files of bounded size and back, and the whole state of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.optim import Optimizer
+
+SHARD_BYTES = 15 * 2**20  # the machines that we train on return files of 16 MiB at most
+
+
+def save(directory: Path, tensors: dict[str, Tensor], *, prefix: str, note: object = None) -> None:
+    """Writes `prefix-0.safetensors`, `prefix-1...` and then `prefix.json`, which names them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        if filled + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    names = [f"{prefix}-{i}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, directory / f".{name}.part")
+        os.replace(directory / f".{name}.part", directory / name)
+    (directory / f"{prefix}.json").write_text(json.dumps({"files": names, "note": note}))
+
+
+def load(directory: Path, prefix: str, device: torch.device) -> tuple[dict[str, Tensor], object]:
+    """The tensors and the note that `save` wrote."""
+    index = json.loads((directory / f"{prefix}.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    for name in index["files"]:
+        tensors.update(load_file(directory / name, device=str(device)))
+    return tensors, index["note"]
+
+
+def training_state(
+    modules: dict[str, nn.Module], averages: dict[str, Tensor], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """Everything that a run needs to go on: weights, their average, and the optimizer's state."""
+    parameters = {f"{m}.{n}": p for m, module in modules.items() for n, p in named(module)}
+    state = {f"weights.{name}": p.detach() for name, p in parameters.items()}
+    state |= {f"average.{name}": tensor for name, tensor in averages.items()}
+    state |= {f"first.{name}": optimizer.first[p] for name, p in parameters.items()}
+    state |= {
+        f"second.{name}": optimizer.second[p]
+        for name, p in parameters.items()
+        if p in optimizer.second
+    }
+    state["steps"] = optimizer.steps
+    return state
+
+
+@torch.no_grad()
+def restore(current: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Copies `saved` into `current`, name by name."""
+    assert current.keys() == saved.keys(), set(current) ^ set(saved)
+    for name, tensor in current.items():
+        tensor.copy_(saved[name])
+
+
+def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by name, without the prefix that torch.compile adds."""
+    return [(name.replace("_orig_mod.", ""), p) for name, p in module.named_parameters()]
