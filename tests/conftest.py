@@ -29,7 +29,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of the demo model's shape, for the command line, which knows no tiny models."""
     from tests.engine.tiny_models import write_tiny
-
     from wanfit.specs import DEMO
 
     path = tmp_path_factory.mktemp("models") / "demo"

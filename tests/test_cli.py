@@ -22,8 +22,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from tests.test_media import png_header
 
+from tests.test_media import png_header
 from wanfit import cli, errors, service
 from wanfit.errors import BadRequest, WanfitError, WeightsError
 from wanfit.specs import MODELS
@@ -105,6 +105,10 @@ class TestStart:
         shown = wanfit(here, "generate", "--help").stdout
         for option in ("--guidance-high", "--negative-prompt", "--contact-sheet", "--weights"):
             assert option in shown
+
+    def test_no_arguments_show_the_help(self, here: Path) -> None:
+        alone, asked = wanfit(here), wanfit(here, "--help")
+        assert (alone.returncode, alone.stdout) == (0, asked.stdout)
 
     def test_models_lists_every_model(self, here: Path) -> None:
         table = wanfit(here, "models").stdout

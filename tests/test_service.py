@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.engine.tiny_models import TINY_I2V, TINY_TI2V
 
 import wanfit
+from tests.engine.tiny_models import TINY_I2V, TINY_TI2V
 from wanfit.errors import (
     BadFrameCount,
     BadImage,

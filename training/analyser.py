@@ -121,7 +121,7 @@ def _nearest_of(colors: Tensor, choices: Tensor) -> Tensor:
     best, index = closeness[0].clone(), torch.zeros(len(colors), dtype=torch.int64)
     for choice in range(1, len(choices)):
         nearer = closeness[choice] > best
-        index[nearer] = choice
+        index = torch.where(nearer, choice, index)
         best = torch.maximum(best, closeness[choice])
     return index
 

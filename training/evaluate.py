@@ -7,7 +7,9 @@ one is for the log of a training run. Euler steps, captions and combinations nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +27,56 @@ STEPS = 20
 SHIFT = 3.0
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One kind of prompt and guidance."""
+
+    title: str
+    guidance: float = 3.0
+    two_objects: float = 0.0
+    from_image: bool = False
+
+
+TRIALS = (
+    Trial("one object, guidance 1", guidance=1.0),
+    Trial("one object, guidance 3"),
+    Trial("one object, guidance 5", guidance=5.0),
+    Trial("two objects, guidance 3", two_objects=1.0),
+    Trial("from an image, guidance 3", from_image=True),
+)
+
+
 @torch.no_grad()
-def evaluate(
-    dit: Dit, umt5: Umt5, vae: Vae, device: torch.device, count: int = 128
-) -> Iterator[str]:
-    """Yields a line for each kind of prompt and guidance."""
+def evaluate(dit: Dit, umt5: Umt5, vae: Vae, device: torch.device, count: int) -> Iterator[str]:
+    """Yields a line for each trial, of `count` clips each."""
+    for trial in TRIALS:
+        generator = torch.Generator(device).manual_seed(1234)
+        rows = shapes.sample_attributes(count, generator, "held_out", trial.two_objects)
+        wording = shapes.sample_wording(rows, generator, "held_out")
+        texts = [
+            embed_text(umt5, *tokens)
+            for tokens in (
+                shapes.tokenise_batch(rows, wording),
+                shapes.empty_captions(count, device),
+            )
+        ]
+        first = None
+        if trial.from_image:
+            images = shapes.render(rows)[:, :, :1]
+            first = vae.moments(images, None, first=True).chunk(2, dim=1)[0]
+        latents = sample(dit, texts, generator, trial.guidance, first)
+        yield f"{trial.title}: {summary(judge(vae, latents, rows, wording))}"
 
-    def embed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return embed_text(umt5, ids, mask)
 
-    for guidance in (1.0, 3.0, 5.0):
-        yield _line(f"one object, guidance {guidance}", dit, vae, embed, device, count, guidance, 0)
-    yield _line("two objects, guidance 3.0", dit, vae, embed, device, count, 3.0, 1)
-    yield _line("from image, guidance 3.0", dit, vae, embed, device, count, 3.0, 0, from_image=True)
-
-
-Embedder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+def judge(vae: Vae, latents: Tensor, rows: Tensor, wording: Tensor) -> list[ClipScore]:
+    """Decodes and scores clips against what was asked for."""
+    scores = []
+    named = shapes.sizes_named(wording).cpu()
+    asked = [expected(row) for row in rows.cpu()]
+    clips = torch.cat([vae.pixels(part, None, first=True).cpu() for part in latents.split(16)])
+    for clip, want, said in zip(clips.clamp(-1, 1), asked, named, strict=True):
+        scores.append(score(analyse(clip), want, tuple(said.tolist())))
+    return scores
 
 
 def embed_text(umt5: Umt5, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,55 +93,19 @@ def embed_text(umt5: Umt5, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows, bias
 
 
-def _line(
-    title: str,
-    dit: Dit,
-    vae: Vae,
-    embed: Embedder,
-    device: torch.device,
-    count: int,
-    guidance: float,
-    two_objects: float,
-    from_image: bool = False,
-) -> str:
-    generator = torch.Generator(device).manual_seed(1234)
-    rows = shapes.sample_attributes(count, generator, "held_out", two_objects)
-    wording = shapes.sample_wording(rows, generator, "held_out")
-    texts = [
-        embed(*shapes.tokenise_batch(rows, wording)),
-        embed(*shapes.empty_captions(count, device)),
-    ]
-    first = None
-    if from_image:
-        images = shapes.render(rows)[:, :, :1]
-        first = vae.moments(images, None, first=True).chunk(2, dim=1)[0]
-    latents = sample(dit, texts, generator, count, guidance, first)
-    scores = []
-    for part, part_rows, part_wording in zip(
-        latents.split(16), rows.split(16), wording.split(16), strict=True
-    ):
-        frames = vae.pixels(part, None, first=True).clamp(-1, 1).float().cpu()
-        named = shapes.sizes_named(part_wording).cpu()
-        for clip, row, said in zip(frames, part_rows.cpu(), named, strict=True):
-            asked = expected(row)
-            scores.append(score(analyse(clip), asked, tuple(said.tolist())))
-    return f"{title}: {summary(scores)}"
-
-
 def sample(
     dit: Dit,
     texts: list[tuple[Tensor, Tensor]],
     generator: torch.Generator,
-    count: int,
     guidance: float,
     first: Tensor | None,
 ) -> Tensor:
     """Latents [B, C, T, H, W] of default-sized clips; `texts` are those of cond and uncond."""
-    device = generator.device
+    device, count = generator.device, len(texts[0][0])
     geometry = geometry_of(DEMO, *DEMO.presets[0], DEMO.sampling.num_frames)
     schedule = make_schedule("euler", STEPS, SHIFT)
     x = torch.randn(count, *geometry.latent_shape, generator=generator, device=device)
-    for sigma, following in zip(schedule.sigmas, schedule.sigmas[1:], strict=False):
+    for sigma, following in pairwise(schedule.sigmas):
         times = torch.full((count, x.shape[2]), 1000 * sigma, device=device)
         if first is not None:
             x[:, :, :1], times[:, 0] = first, 0

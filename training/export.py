@@ -1,6 +1,6 @@
 """Writes the trained networks of a run as the model directory that ships with the package.
 
-    python -m training.export --run RUN [--output src/wanfit/demo]
+python -m training.export --run RUN [--output src/wanfit/demo]
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).float()
+    out: Tensor = (x if wide else x.mT).float()
+    return out
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

@@ -138,7 +138,7 @@ class Trainer:
             for m, module in self.modules.items()
             for n, p in checkpoint.named(module)
         ]
-        self.parameters = [p for _, p in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self.average = {name: p.detach().clone() for name, p in named}
         self.lr = torch.zeros((), device=device)
         if compiled:
@@ -162,12 +162,14 @@ class Trainer:
             text, bias = embed_text(self.umt5, batch.ids, batch.mask)
             velocity = self.dit(noisy, 1000 * sigma, text, bias).float()
         counted = (s > 0).float().expand_as(clean)
-        return ((velocity - (batch.noise - clean)).square() * counted).sum() / counted.sum()
+        error = (velocity - (batch.noise - clean)).square() * counted
+        loss: Tensor = error.sum() / counted.sum()
+        return loss
 
     def update(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad()
         loss = self.loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step(self.lr)
         with torch.no_grad():
             decay = torch.clamp(1 - 1 / (self.optimizer.steps + 1), max=AVERAGE_DECAY)
@@ -285,7 +287,7 @@ def main() -> None:
     train(trainer, pools, done_s, args)
     dit, umt5 = trainer.averaged()
     if device.type == "cuda":
-        for line in evaluate(dit, umt5, vae, device):
+        for line in evaluate(dit, umt5, vae, device, count=128):
             print(line, flush=True)
 
 

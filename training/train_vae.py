@@ -62,6 +62,7 @@ class Trainer:
         self.inputs: dict[View, tuple[Tensor, Tensor]] = {}
         self.outputs: dict[View, Tensor] = {}
         self.graphs: dict[View, torch.cuda.CUDAGraph] = {}
+        self.drawing = torch.cuda.Stream() if device.type == "cuda" else None
 
     def losses(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The training loss and the mean squared error, of frames [B, 3, F, H, W]."""
@@ -118,8 +119,19 @@ class Trainer:
         self.lr.fill_(lr)
         if view not in self.graphs:
             return self.update(frames, noise)
+        assert self.drawing is not None
+        self.drawing.wait_stream(torch.cuda.current_stream())  # from here on `next_batch` may draw
         self.graphs[view].replay()
         return self.outputs[view]
+
+    def next_batch(self, view: View, generator: torch.Generator) -> Tensor:
+        """Clips for `step`, drawn while the step before runs: drawing waits for the host a lot."""
+        if self.drawing is None:
+            return draw(view, generator)
+        with torch.cuda.stream(self.drawing):
+            clips = draw(view, generator)
+        torch.cuda.current_stream().wait_stream(self.drawing)
+        return clips
 
     def state(self) -> dict[str, Tensor]:
         return checkpoint.training_state({"vae": self.vae}, self._averages(), self.optimizer)
@@ -182,9 +194,9 @@ def held_out_psnr(vae: Vae, device: torch.device, count: int = 64) -> float:
 
 
 @torch.no_grad()
-def fold_statistics(vae: Vae, device: torch.device) -> None:
+def fold_statistics(vae: Vae, device: torch.device, count: int = 256) -> None:
     """Moves the latents to mean 0 and deviation 1 by changing the two 1x1x1 convolutions."""
-    rows = shapes.sample_attributes(256, torch.Generator(device).manual_seed(78))
+    rows = shapes.sample_attributes(count, torch.Generator(device).manual_seed(78))
     latents = torch.cat(
         [
             vae.moments(shapes.render(part), None, first=True).chunk(2, dim=1)[0]
@@ -262,7 +274,7 @@ def train(trainer: Trainer, done_s: float, args: argparse.Namespace) -> None:
         progress = min(1.0, (done_s + elapsed) / total_s)
         lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
         view = trainer.views[int(torch.multinomial(shares, 1, generator=choices))]
-        error = trainer.step(view, draw(view, generator), max(lr, 1e-5))
+        error = trainer.step(view, trainer.next_batch(view, generator), max(lr, 1e-5))
         step += 1
         if elapsed - said > 15:
             said = elapsed

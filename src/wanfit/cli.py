@@ -46,7 +46,6 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     help="Runs the Wan 2.2 video models on the GPU and memory you have.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -70,7 +69,7 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         command = typer.main.get_command(app)
-        code = command.main(args=arguments, prog_name="wanfit", standalone_mode=False)
+        code = command.main(args=arguments or ["--help"], prog_name="wanfit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _Interrupted:
         _say_error(as_json, "interrupted", "Interrupted, nothing was written")
@@ -241,7 +240,7 @@ def _summary(report: Report) -> str:
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List the models, their defaults, and whether their weights are here."""
+    """List the models, and whose weights are here."""
     from wanfit.specs import MODELS
 
     if as_json:

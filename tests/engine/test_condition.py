@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.engine.tiny_models import TINY_I2V, TINY_TI2V, randomise
 
+from tests.engine.tiny_models import TINY_I2V, TINY_TI2V, randomise
 from wanfit.engine.condition import condition_on, prepare_image
 from wanfit.engine.models.vae import Vae
 from wanfit.geometry import geometry_of

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.engine.tiny_models import (
     TINY_I2V,
     TINY_T2V,
@@ -16,8 +18,6 @@ from tests.engine.tiny_models import (
     randomise,
     relative_error,
 )
-from torch import Tensor
-
 from wanfit.engine.condition import Condition
 from wanfit.engine.denoise import TextPair, denoise, draw_noise, expert_at, needs_uncond
 from wanfit.engine.models.dit import Dit

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from tests.engine.tiny_models import (
     TINY_I2V,
     TINY_T2V,
@@ -23,8 +25,6 @@ from tests.engine.tiny_models import (
     tiny_tokenizer,
     write_tiny,
 )
-from torch import Tensor
-
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.weights.configs import (
     check_config,

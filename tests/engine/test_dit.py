@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.engine.tiny_models import (
     random_tensor,
     randomise,
@@ -13,8 +15,6 @@ from tests.engine.tiny_models import (
     relative_error,
     tiny_dit,
 )
-from torch import Tensor
-
 from wanfit.engine.models.dit import Dit
 from wanfit.specs import DitSpec
 

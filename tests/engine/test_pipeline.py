@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.engine.tiny_models import TINY_I2V, TINY_T2V, TINY_TI2V, TinyModel, write_tiny
 
+from tests.engine.tiny_models import TINY_I2V, TINY_T2V, TINY_TI2V, TinyModel, write_tiny
 from wanfit.engine.condition import prepare_image
 from wanfit.engine.decode import to_uint8
 from wanfit.engine.models.dit import Dit

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+
 from tests.engine.tiny_models import (
     TINY_I2V,
     TINY_T2V,
@@ -23,7 +24,6 @@ from tests.engine.tiny_models import (
     reference_class,
     write_tiny,
 )
-
 from wanfit.engine.denoise import expert_at
 from wanfit.engine.pipeline import generate_frames
 from wanfit.engine.schedule import make_schedule

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.engine.tiny_models import (
     WORDS,
     reference_class,
     tiny_tokenizer,
     tiny_unigram_tokenizer,
 )
-
 from wanfit.engine.tokenizer import TextTokenizer, TokenizedText, clean_text
 from wanfit.errors import WeightsBroken, WeightsMissing
 

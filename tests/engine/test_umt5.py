@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.engine.tiny_models import TINY_UMT5, random_umt5, reference_umt5, relative_error
 from torch import Tensor
 
+from tests.engine.tiny_models import TINY_UMT5, random_umt5, reference_umt5, relative_error
 from wanfit.specs import Umt5Spec
 
 SPECS = {

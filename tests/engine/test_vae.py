@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tests.engine.tiny_models import (
     random_tensor,
     randomise,
@@ -14,8 +16,6 @@ from tests.engine.tiny_models import (
     relative_error,
     tiny_vae,
 )
-from torch import Tensor
-
 from wanfit.engine.models.tiles import blend_tiles
 from wanfit.engine.models.vae import Vae
 from wanfit.specs import VAE_21, VAE_22, VaeSpec

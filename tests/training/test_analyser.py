@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+
 from training.analyser import ClipSeen, ObjectSeen, analyse, expected, score
 from training.shapes import COLORS, MOTIONS, SHAPES, SIZES, render, sample_attributes
 from training.sheet import to_uint8
@@ -61,18 +62,18 @@ def wrong_clips(
 
 @pytest.mark.parametrize(("two_objects", "seed"), [(0.0, 0), (1.0, 1)])
 def test_ground_truth_is_read_without_error(two_objects: float, seed: int) -> None:
-    """More than 99.5 % of each attribute: none wrong in 70 clips here, in 600 at development."""
-    assert wrong_clips(70, seed, two_objects) == []
+    """More than 99.5 % of each attribute: none wrong in 60 clips here, in 600 at development."""
+    assert wrong_clips(60, seed, two_objects) == []
 
 
 @pytest.mark.parametrize("size", [(9, 96, 160), (21, 160, 96), (13, 192, 128), (33, 96, 96)])
 def test_other_sizes_and_lengths_are_read_without_error(size: tuple[int, int, int]) -> None:
-    assert wrong_clips(20, 2, 0.4, size) == []
+    assert wrong_clips(16, 2, 0.4, size) == []
 
 
 @pytest.mark.parametrize("size", [(17, 128, 128), (17, 96, 96)])
 def test_blur_and_noise_do_no_harm(size: tuple[int, int, int]) -> None:
-    assert wrong_clips(25, 3, 0.4, size, blurred) == []
+    assert wrong_clips(20, 3, 0.4, size, blurred) == []
 
 
 def test_bytes_are_read_as_floats_are() -> None:

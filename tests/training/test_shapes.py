@@ -11,6 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from training import shapes
 from training.shapes import (
     COLORS,
     COLUMNS,
@@ -36,8 +38,6 @@ from training.shapes import (
     words,
     write_tokenizer,
 )
-
-from training import shapes
 from wanfit.engine.tokenizer import TextTokenizer
 from wanfit.specs import DEMO
 
