@@ -24,7 +24,8 @@ venv: $(VENV)/.made  ## make the virtual environment (.venv), nothing in it yet
 install: $(VENV)/.runtime  ## the same, and install wanfit into it
 
 demo: $(VENV)/.runtime  ## a clip from a prompt with the demo model, and its frames as one PNG
-	$(VENV)/bin/wanfit generate "$$PROMPT" --output "$(OUTPUT)" --contact-sheet
+	@printf 'wanfit generate "%s"\n' "$$PROMPT"
+	@$(VENV)/bin/wanfit generate "$$PROMPT" --output "$(OUTPUT)" --contact-sheet
 
 test: lint pytest  ## everything that CI runs: lint, types, import layers, tests
 check: test  ## another name for `make test`

@@ -265,6 +265,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--eager", action="store_true", help="do not compile")
+    arguments.add_argument("--evaluate", type=int, default=128, help="clips per line at the end")
     args = arguments.parse_args()
 
     began = time.perf_counter()
@@ -286,8 +287,8 @@ def main() -> None:
 
     train(trainer, pools, done_s, args)
     dit, umt5 = trainer.averaged()
-    if device.type == "cuda":
-        for line in evaluate(dit, umt5, vae, device, count=128):
+    if args.evaluate:
+        for line in evaluate(dit, umt5, vae, device, args.evaluate):
             print(line, flush=True)
 
 

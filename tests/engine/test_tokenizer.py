@@ -82,7 +82,7 @@ def test_a_long_text_is_cut_and_says_by_how_much(tokenizer: TextTokenizer) -> No
         ("a red circle", ()),
         ("a Zebra moves, ZEBRA zebra", ("Zebra", "ZEBRA", "zebra")),
         ("striped zebra, zebra!", ("striped", "zebra")),
-        ("a #red zebra-crossing?", ("#", "zebra-crossing", "?")),
+        ("a #red zebra-crossing? 🦓;", ("zebra-crossing", "🦓")),
         ("schÃ¶n red", ("schön",)),
     ],
 )
@@ -96,7 +96,7 @@ def test_an_unknown_piece_tells_the_whole_word(tmp_path: Path) -> None:
     """A vocabulary of pieces knows `cir` and `cle` but not the `x` between them."""
     tokenizer = TextTokenizer(_written(tmp_path, tiny_unigram_tokenizer()))
     assert tokenizer.encode("red circle").unknown_words == ()
-    assert tokenizer.encode("red cirxcle, a").unknown_words == ("cirxcle", ",")
+    assert tokenizer.encode("red cirxcle, a").unknown_words == ("cirxcle",)
 
 
 @given(words=st.lists(st.sampled_from(WORDS[:9]), max_size=30))
