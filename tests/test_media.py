@@ -34,6 +34,7 @@ from wanfit.media import (
     check_sheet,
     read_image,
 )
+from wanfit.media.sheet import SHEET_GAP_PX as GAP
 
 Frames = npt.NDArray[np.uint8]
 METADATA = {"prompt": 'a "red" circle → 圆', "model": "demo", "seed": 2**62, "shift": 3.0}
@@ -500,9 +501,11 @@ class TestContactSheet:
             sheet.add(clip[start : start + 4])
         sheet.write(tmp_path / "sheet.png")
         with Image.open(tmp_path / "sheet.png") as image:
-            assert image.size == (4 * 20, 2 * 10)
-            levels = np.asarray(image)[5::10, 10::20, 0].ravel() // 15
+            assert image.size == (4 * (20 + GAP) + GAP, 2 * (10 + GAP) + GAP)
+            pixels = np.asarray(image)[..., 0]
+        levels = pixels[GAP + 5 :: 10 + GAP, GAP + 10 :: 20 + GAP].ravel() // 15
         assert levels.tolist() == [0, 2, 5, 7, 9, 11, 14, 16]
+        assert (pixels[:GAP] == 255).all()
         assert names_in(tmp_path) == ["sheet.png"]
 
     @pytest.mark.parametrize(("num_frames", "tiles"), [(1, (1, 1)), (5, (4, 2)), (9, (4, 2))])
@@ -513,11 +516,11 @@ class TestContactSheet:
         sheet.add(moving_disc(num_frames))
         sheet.write(tmp_path / "new" / "sheet.png")
         with Image.open(tmp_path / "new" / "sheet.png") as image:
-            assert image.size == (tiles[0] * 96, tiles[1] * 64)
+            assert image.size == (tiles[0] * (96 + GAP) + GAP, tiles[1] * (64 + GAP) + GAP)
 
     def test_large_frames_are_shrunk(self, tmp_path: Path) -> None:
         sheet = ContactSheet(1)
         sheet.add(np.zeros((1, 704, 1280, 3), dtype=np.uint8))
         sheet.write(tmp_path / "sheet.png")
         with Image.open(tmp_path / "sheet.png") as image:
-            assert image.size == (480, 264)
+            assert image.size == (480 + 2 * GAP, 264 + 2 * GAP)

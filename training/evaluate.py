@@ -89,7 +89,7 @@ def embed_text(umt5: Umt5, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     rows = umt5(ids, mask) * mask[..., None]
     rows = nn.functional.pad(rows, (0, 0, 0, 1))
     bias = torch.zeros(rows.shape[1], device=ids.device)
-    bias[-1] = math.log(TEXT_TOKENS - ids.shape[1])
+    bias[-1:].fill_(math.log(TEXT_TOKENS - ids.shape[1]))
     return rows, bias
 
 

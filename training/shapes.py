@@ -100,7 +100,7 @@ SPEED_JITTER = 0.1
 HOLD_OUT_EVERY = 7  # about one in seven combinations of colour, shape and motion
 TWO_OBJECTS = 0.35  # share of clips with two objects, where nothing else is said
 
-CHUNK_PX = 2**24  # pixels drawn at once: temporaries of 64 MiB
+CHUNK_PX = 2**26  # pixels drawn at once: temporaries of 256 MiB, few waits for the host
 
 
 # ---------------------------------------------------------------------------------------------
@@ -477,6 +477,20 @@ ONE_OBJECT = (
     "{size1} {color1} {shape1}, {moving1}, on {an0} {color0} background",
     "{color0} background, {a1} {size1} {color1} {shape1} {moves1}",
     "{a1} {size1} {color1} {shape1} that {moves1} against {an0} {color0} background",
+    "on {color0}, {a1} {size1} {color1} {shape1} {moves1}",
+    "on {color0} {a1} {size1} {color1} {shape1} {moving1}",
+    "against {color0}, {size1} {color1} {shape1} {moving1}",
+    "in front of {color0}, {an1} {color1} {shape1} {moves1}",
+    "over {an0} {color0} background {a1} {size1} {color1} {shape1} {moves1}",
+    "{color0}, with {a1} {size1} {color1} {shape1} {moving1}",
+    "the background is {color0} and {a1} {size1} {color1} {shape1} {moves1}",
+    "the background is {color0}. {a1} {size1} {color1} {shape1} {moves1}.",
+    "there is {an0} {color0} background and {a1} {size1} {color1} {shape1} that is {moving1}",
+    "{moving1} on {an0} {color0} background, {a1} {size1} {color1} {shape1}",
+    "{a1} {size1} {color1} {shape1} {moves1} over {color0}",
+    "{a1} {size1} {color1} {shape1}, {color0} background, {moving1}",
+    "{size1} {color1} {shape1} {moves1}, {color0} background",
+    "{an1} {color1} {shape1} is {moving1} against {color0}",
     "over {color0}, {a1} {size1} {color1} {shape1} is {moving1}",
 )
 TWO_OBJECT = (
@@ -493,6 +507,13 @@ TWO_OBJECT = (
     " the background is {color0}.",
     "{a1} {size1} {color1} {shape1} is {moving1}, {a2} {size2} {color2} {shape2} is {moving2},"
     " {color0} background",
+    "on {color0}, {a1} {size1} {color1} {shape1} {moves1}"
+    " and {a2} {size2} {color2} {shape2} {moves2}",
+    "against {color0}, {size1} {color1} {shape1} {moving1}, {size2} {color2} {shape2} {moving2}",
+    "the background is {color0}. {a1} {size1} {color1} {shape1} {moves1}"
+    " and {a2} {size2} {color2} {shape2} {moves2}.",
+    "there is {a1} {size1} {color1} {shape1} {moving1}"
+    " and {a2} {size2} {color2} {shape2} {moving2} over {color0}",
     "{a1} {size1} {color1} {shape1} {moving1} and {a2} {size2} {color2} {shape2} {moving2}"
     " on {an0} {color0} background",
 )

@@ -1,0 +1,133 @@
+"""Teaches the text encoder more ways to say the same, without training the transformer again.
+
+    python -m training.train_text --run RUN --minutes 20 [--seed 0]
+
+The transformer is frozen. The encoder as it was, reading the plainest phrasing, is the teacher: the
+same noisy clip with the same facts worded otherwise shall give the same velocity. That target has
+no noise of its own, so a few thousand small batches do, even on a CPU. Why it is needed: after
+`train_dit` with a dozen phrasings, a phrasing that began in a new way ("over blue, a ...") lost
+the shape in two clips of three, while colours and motion were right.
+
+Reads RUN/vae-*, dit-* and umt5-*; writes RUN/umt5-* anew and keeps the old as RUN/teacher-*.
+Dims: as in `train_dit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training import checkpoint, shapes
+from training.evaluate import embed_text
+from training.optim import Optimizer
+from training.train_dit import FROM_IMAGE, TRAIN_SHIFT, Pool, View
+from wanfit.engine.models.dit import Dit
+from wanfit.engine.models.umt5 import Umt5
+from wanfit.engine.models.vae import Vae
+from wanfit.specs import DEMO
+
+VIEW = View(17, 128, 128, clips=384, batch=16, share=1.0)
+PEAK_LR = 4e-4
+WARMUP_STEPS = 20
+AVERAGE_DECAY = 0.99
+EMPTY_SHARE = 1 / 16  # rows that keep the empty caption, which guidance leans on
+PLAINEST = (0, len(shapes.ONE_OBJECT))  # the phrasing that the teacher reads, of one and two
+
+
+def plainest(rows: Tensor, wording: Tensor) -> Tensor:
+    """The same facts in the plainest phrasing: a size that `wording` does not name stays unnamed."""
+    plain = wording.clone()
+    two = shapes.column(rows, "count") == 2
+    plain[:, 0] = torch.where(two, PLAINEST[1], PLAINEST[0]).to(plain.dtype)
+    named = shapes.sizes_named(wording)
+    for k in (1, 2):
+        place = shapes.WORDING_COLUMNS.index(f"size_{k}")
+        plain[:, place] *= named[:, k - 1]
+    return plain
+
+
+def matching_loss(
+    dit: Dit, teacher: Umt5, student: Umt5, pool: Pool, generator: torch.Generator
+) -> Tensor:
+    """Mean squared difference of the two velocities on a fresh batch."""
+    device, batch = generator.device, pool.view.batch
+    pick = torch.randint(len(pool.rows), (batch,), generator=generator, device=device)
+    rows, clean = pool.rows[pick], pool.latents[pick].float()
+    wording = shapes.sample_wording(rows, generator)
+    told = shapes.tokenise_batch(rows, wording)
+    plain = shapes.tokenise_batch(rows, plainest(rows, wording))
+    empty = torch.rand(batch, 1, generator=generator, device=device) < EMPTY_SHARE
+    nothing = shapes.empty_captions(batch, device)
+    told, plain = (
+        (torch.where(empty, nothing[0], ids), torch.where(empty, nothing[1], mask))
+        for ids, mask in (told, plain)
+    )
+
+    u = torch.randn(batch, generator=generator, device=device).sigmoid()
+    sigma = (TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u))[:, None].repeat(1, clean.shape[2])
+    given = torch.rand(batch, generator=generator, device=device) < FROM_IMAGE
+    sigma[:, 0] = sigma[:, 0] * ~given
+    s = sigma[:, None, :, None, None]
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    noisy = (1 - s) * clean + s * noise
+    with torch.no_grad():
+        target = dit(noisy, 1000 * sigma, *embed_text(teacher, *plain))
+    velocity = dit(noisy, 1000 * sigma, *embed_text(student, *told))
+    loss: Tensor = (velocity - target).square().mean()
+    return loss
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--run", type=Path, required=True)
+    arguments.add_argument("--minutes", type=float, required=True)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = arguments.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    vae, dit = Vae(DEMO.vae).to(device), Dit(DEMO.dit).to(device)
+    teacher, student = Umt5(DEMO.umt5).to(device), Umt5(DEMO.umt5).to(device)
+    if not (args.run / "teacher.json").exists():
+        checkpoint.save(args.run, checkpoint.load(args.run, "umt5", device)[0], prefix="teacher")
+    for prefix, network in (("vae", vae), ("dit", dit), ("teacher", teacher), ("umt5", student)):
+        network.load_state_dict(checkpoint.load(args.run, prefix, device)[0])
+        network.requires_grad_(network is student)
+
+    generator = torch.Generator(device).manual_seed(args.seed + 1)
+    began = time.perf_counter()
+    pool = Pool(VIEW, vae, generator)
+    print(f"pool ready after {time.perf_counter() - began:.0f} s", flush=True)
+
+    optimizer = Optimizer([(student.named_parameters(), 1.0)])
+    average = {name: p.detach().clone() for name, p in student.named_parameters()}
+    started, said, step, running = time.perf_counter(), 0.0, 0, 0.0
+    while (elapsed := time.perf_counter() - started) < 60 * args.minutes:
+        progress = elapsed / (60 * args.minutes)
+        lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.zero_grad()
+        loss = matching_loss(dit, teacher, student, pool, generator)
+        torch.autograd.backward(loss)
+        optimizer.step(torch.tensor(lr, device=device))
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                average[name].lerp_(p, 1 - min(AVERAGE_DECAY, 1 - 1 / (step + 1)))
+        step += 1
+        running += (loss.item() - running) / min(step, 50)
+        if elapsed - said > 20:
+            said = elapsed
+            print(f"text step {step} {elapsed:.0f} s lr {lr:.1e} loss {running:.5f}", flush=True)
+
+    note = {"steps": step, "trained_s": time.perf_counter() - started, "loss": running}
+    checkpoint.save(args.run, average, prefix="umt5", note=note)
+    print(f"saved {note}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
