@@ -8,6 +8,7 @@ decoupled decay: Liu et al. 2025, "Muon is scalable for LLM training".
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -85,6 +86,31 @@ class Optimizer:
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.zero_()
+
+
+class Average:
+    """A running mean of parameters that forgets over about 1 / (1 - decay) steps, less at first."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
+        parameters = dict(named)
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+        self._parameters: list[Tensor] = list(parameters.values())
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, steps: Tensor) -> None:
+        """After an update of the parameters; `steps` [] counts those done."""
+        keep = torch.clamp(1 - 1 / (steps + 1), max=self._decay)
+        means = list(self.tensors.values())
+        torch._foreach_sub_(means, self._parameters)
+        torch._foreach_mul_(means, keep)
+        torch._foreach_add_(means, self._parameters)
+
+
+def learning_rate(peak: float, step: int, warmup_steps: int, progress: float) -> float:
+    """A linear rise over the first steps of a sitting, times a cosine over the whole run."""
+    rise = min(1.0, (step + 1) / warmup_steps)
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ Dims: B clips, C channels, T latent frames, H W latent sides, S text tokens.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from training import checkpoint, shapes
 from training.evaluate import embed_text, evaluate
-from training.optim import Optimizer
+from training.optim import Average, Optimizer, learning_rate
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
@@ -133,13 +132,14 @@ class Trainer:
         self.optimizer = Optimizer(
             [(self.dit.named_parameters(), 1.0), (self.umt5.named_parameters(), TEXT_LR)]
         )
-        named = [
-            (f"{m}.{n}", p)
-            for m, module in self.modules.items()
-            for n, p in checkpoint.named(module)
-        ]
-        self.parameters: list[Tensor] = [p for _, p in named]
-        self.average = {name: p.detach().clone() for name, p in named}
+        self.average = Average(
+            [
+                (f"{prefix}.{name}", p)
+                for prefix, module in self.modules.items()
+                for name, p in checkpoint.named(module)
+            ],
+            AVERAGE_DECAY,
+        )
         self.lr = torch.zeros((), device=device)
         if compiled:
             for block in self.dit.blocks:
@@ -171,11 +171,7 @@ class Trainer:
         loss = self.loss(batch)
         torch.autograd.backward(loss)
         self.optimizer.step(self.lr)
-        with torch.no_grad():
-            decay = torch.clamp(1 - 1 / (self.optimizer.steps + 1), max=AVERAGE_DECAY)
-            torch._foreach_sub_(list(self.average.values()), self.parameters)
-            torch._foreach_mul_(list(self.average.values()), decay)
-            torch._foreach_add_(list(self.average.values()), self.parameters)
+        self.average.update(self.optimizer.steps)
         return loss.detach()
 
     def capture(self, view: View) -> None:
@@ -210,14 +206,18 @@ class Trainer:
         return self.outputs[view]
 
     def state(self) -> dict[str, Tensor]:
-        return checkpoint.training_state(self.modules, self.average, self.optimizer)
+        return checkpoint.training_state(self.modules, self.average.tensors, self.optimizer)
 
     def averaged(self) -> tuple[Dit, Umt5]:
         """Copies of the networks with the averaged weights."""
         dit, umt5 = Dit(DEMO.dit).to(self.device), Umt5(DEMO.umt5).to(self.device)
         for prefix, module in (("dit.", dit), ("umt5.", umt5)):
             module.load_state_dict(
-                {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
+                {
+                    n.removeprefix(prefix): t
+                    for n, t in self.average.tensors.items()
+                    if n.startswith(prefix)
+                }
             )
             module.requires_grad_(False)
         return dit, umt5
@@ -310,7 +310,7 @@ def resume(trainer: Trainer, run: Path) -> float:
         weights, note = checkpoint.load(run, name, trainer.device)
         checkpoint.restore(dict(checkpoint.named(module)), weights)
         checkpoint.restore(
-            {n: t for n, t in trainer.average.items() if n.startswith(name)},
+            {n: t for n, t in trainer.average.tensors.items() if n.startswith(name)},
             {f"{name}.{n}": t for n, t in weights.items()},
         )
         assert isinstance(note, dict)
@@ -328,8 +328,7 @@ def train(
     total_s = 60 * (args.of_minutes or args.minutes)
     started, said, step = time.perf_counter(), 0.0, 0
     while (elapsed := time.perf_counter() - started) < 60 * args.minutes:
-        progress = min(1.0, (done_s + elapsed) / total_s)
-        lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        lr = learning_rate(PEAK_LR, step, WARMUP_STEPS, (done_s + elapsed) / total_s)
         view = views[int(torch.multinomial(shares, 1, generator=choices))]
         loss = trainer.step(view, pools[view].draw(), max(lr, 1e-5))
         if step % FRESH_EVERY == 0:

@@ -15,7 +15,6 @@ Dims: as in `train_dit`.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from training import checkpoint, shapes
 from training.evaluate import embed_text
-from training.optim import Optimizer
+from training.optim import Average, Optimizer, learning_rate
 from training.train_dit import FROM_IMAGE, TRAIN_SHIFT, Pool, View
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
@@ -40,7 +39,7 @@ PLAINEST = (0, len(shapes.ONE_OBJECT))  # the phrasing that the teacher reads, o
 
 
 def plainest(rows: Tensor, wording: Tensor) -> Tensor:
-    """The same facts in the plainest phrasing: a size that `wording` does not name stays unnamed."""
+    """The same facts in the plainest phrasing; what `wording` leaves unsaid stays unsaid."""
     plain = wording.clone()
     two = shapes.column(rows, "count") == 2
     plain[:, 0] = torch.where(two, PLAINEST[1], PLAINEST[0]).to(plain.dtype)
@@ -51,23 +50,34 @@ def plainest(rows: Tensor, wording: Tensor) -> Tensor:
     return plain
 
 
-def matching_loss(
-    dit: Dit, teacher: Umt5, student: Umt5, pool: Pool, generator: torch.Generator
-) -> Tensor:
-    """Mean squared difference of the two velocities on a fresh batch."""
+Tokens = tuple[Tensor, Tensor]  # ids and mask, [B, S] each
+
+
+def draw(pool: Pool, generator: torch.Generator) -> tuple[Tensor, Tokens, Tokens]:
+    """Latents [B, C, T, H, W], and their captions as the student and as the teacher reads them."""
     device, batch = generator.device, pool.view.batch
     pick = torch.randint(len(pool.rows), (batch,), generator=generator, device=device)
-    rows, clean = pool.rows[pick], pool.latents[pick].float()
+    rows = pool.rows[pick]
     wording = shapes.sample_wording(rows, generator)
-    told = shapes.tokenise_batch(rows, wording)
-    plain = shapes.tokenise_batch(rows, plainest(rows, wording))
     empty = torch.rand(batch, 1, generator=generator, device=device) < EMPTY_SHARE
     nothing = shapes.empty_captions(batch, device)
-    told, plain = (
-        (torch.where(empty, nothing[0], ids), torch.where(empty, nothing[1], mask))
-        for ids, mask in (told, plain)
-    )
 
+    def tokens(words: Tensor) -> Tokens:
+        ids, mask = shapes.tokenise_batch(rows, words)
+        return torch.where(empty, nothing[0], ids), torch.where(empty, nothing[1], mask)
+
+    return pool.latents[pick].float(), tokens(wording), tokens(plainest(rows, wording))
+
+
+def matching_loss(
+    dit: Dit,
+    teacher: tuple[Umt5, Tokens],
+    student: tuple[Umt5, Tokens],
+    clean: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared difference of the two velocities, each encoder reading its own tokens."""
+    device, batch = generator.device, len(clean)
     u = torch.randn(batch, generator=generator, device=device).sigmoid()
     sigma = (TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u))[:, None].repeat(1, clean.shape[2])
     given = torch.rand(batch, generator=generator, device=device) < FROM_IMAGE
@@ -76,8 +86,8 @@ def matching_loss(
     noise = torch.randn(clean.shape, generator=generator, device=device)
     noisy = (1 - s) * clean + s * noise
     with torch.no_grad():
-        target = dit(noisy, 1000 * sigma, *embed_text(teacher, *plain))
-    velocity = dit(noisy, 1000 * sigma, *embed_text(student, *told))
+        target = dit(noisy, 1000 * sigma, *embed_text(teacher[0], *teacher[1]))
+    velocity = dit(noisy, 1000 * sigma, *embed_text(student[0], *student[1]))
     loss: Tensor = (velocity - target).square().mean()
     return loss
 
@@ -106,18 +116,16 @@ def main() -> None:
     print(f"pool ready after {time.perf_counter() - began:.0f} s", flush=True)
 
     optimizer = Optimizer([(student.named_parameters(), 1.0)])
-    average = {name: p.detach().clone() for name, p in student.named_parameters()}
+    average = Average(student.named_parameters(), AVERAGE_DECAY)
     started, said, step, running = time.perf_counter(), 0.0, 0, 0.0
     while (elapsed := time.perf_counter() - started) < 60 * args.minutes:
-        progress = elapsed / (60 * args.minutes)
-        lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        lr = learning_rate(PEAK_LR, step, WARMUP_STEPS, elapsed / (60 * args.minutes))
         optimizer.zero_grad()
-        loss = matching_loss(dit, teacher, student, pool, generator)
+        clean, told, plain = draw(pool, generator)
+        loss = matching_loss(dit, (teacher, plain), (student, told), clean, generator)
         torch.autograd.backward(loss)
         optimizer.step(torch.tensor(lr, device=device))
-        with torch.no_grad():
-            for name, p in student.named_parameters():
-                average[name].lerp_(p, 1 - min(AVERAGE_DECAY, 1 - 1 / (step + 1)))
+        average.update(optimizer.steps)
         step += 1
         running += (loss.item() - running) / min(step, 50)
         if elapsed - said > 20:
@@ -125,7 +133,7 @@ def main() -> None:
             print(f"text step {step} {elapsed:.0f} s lr {lr:.1e} loss {running:.5f}", flush=True)
 
     note = {"steps": step, "trained_s": time.perf_counter() - started, "loss": running}
-    checkpoint.save(args.run, average, prefix="umt5", note=note)
+    checkpoint.save(args.run, average.tensors, prefix="umt5", note=note)
     print(f"saved {note}", flush=True)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import checkpoint, shapes
-from training.optim import Optimizer
+from training.optim import Average, Optimizer, learning_rate
 from wanfit.engine.models.vae import Vae
 from wanfit.specs import DEMO
 
@@ -55,7 +55,7 @@ class Trainer:
         self.vae = Vae(DEMO.vae).to(device)
         initialise(self.vae)
         self.optimizer = Optimizer([(self.vae.named_parameters(), 1.0)])
-        self.average = {n: p.detach().clone() for n, p in self.vae.named_parameters()}
+        self.average = Average(self.vae.named_parameters(), AVERAGE_DECAY)
         self.lr = torch.zeros((), device=device)
         self.forward = torch.compile(self.losses, dynamic=False) if compiled else self.losses
         self.views = views
@@ -80,11 +80,7 @@ class Trainer:
         loss, squared = self.forward(frames, noise)
         loss.backward()
         self.optimizer.step(self.lr)
-        with torch.no_grad():
-            now = [p.detach() for p in self.vae.parameters()]
-            decay = torch.clamp(1 - 1 / (self.optimizer.steps + 1), max=AVERAGE_DECAY)
-            for a, p in zip(self.average.values(), now, strict=True):
-                a.lerp_(p, 1 - decay)
+        self.average.update(self.optimizer.steps)
         return squared.detach()
 
     def capture(self, view: View) -> None:
@@ -134,10 +130,8 @@ class Trainer:
         return clips
 
     def state(self) -> dict[str, Tensor]:
-        return checkpoint.training_state({"vae": self.vae}, self._averages(), self.optimizer)
-
-    def _averages(self) -> dict[str, Tensor]:
-        return {f"vae.{name}": tensor for name, tensor in self.average.items()}
+        averages = {f"vae.{name}": tensor for name, tensor in self.average.tensors.items()}
+        return checkpoint.training_state({"vae": self.vae}, averages, self.optimizer)
 
 
 def initialise(vae: Vae) -> None:
@@ -216,9 +210,9 @@ def fold_statistics(vae: Vae, device: torch.device, count: int = 256) -> None:
 
 
 def averaged(trainer: Trainer) -> Vae:
-    """A copy of the network with the averaged weights, its latents brought to unit scale."""
+    """A copy of the network with the averaged weights."""
     vae = Vae(DEMO.vae).to(trainer.device)
-    vae.load_state_dict(trainer.average)
+    vae.load_state_dict(trainer.average.tensors)
     vae.requires_grad_(False)
     return vae
 
@@ -252,7 +246,7 @@ def main() -> None:
     elif (args.run / "vae.json").exists():  # the weights of another sitting, without its momenta
         weights, _ = checkpoint.load(args.run, "vae", device)
         checkpoint.restore(dict(trainer.vae.named_parameters()), weights)
-        checkpoint.restore(trainer.average, weights)
+        checkpoint.restore(trainer.average.tensors, weights)
     else:  # capturing has moved the averages and the moments; nothing else, at rate 0
         fresh = trainer.optimizer
         for tensor in (*fresh.first.values(), *fresh.second.values(), fresh.steps):
@@ -271,8 +265,7 @@ def train(trainer: Trainer, done_s: float, args: argparse.Namespace) -> None:
     shares = torch.tensor([view.share for view in trainer.views])
     error = torch.zeros(())
     while (elapsed := time.perf_counter() - started) < 60 * args.minutes:
-        progress = min(1.0, (done_s + elapsed) / total_s)
-        lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
+        lr = learning_rate(PEAK_LR, step, WARMUP_STEPS, (done_s + elapsed) / total_s)
         view = trainer.views[int(torch.multinomial(shares, 1, generator=choices))]
         error = trainer.step(view, trainer.next_batch(view, generator), max(lr, 1e-5))
         step += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint, shapes
+from training import checkpoint, shapes, train_dit, train_text
 from training.evaluate import embed_text
 from training.optim import Optimizer, orthogonal
 from training.train_vae import View, crop, fold_statistics
@@ -120,3 +120,39 @@ def test_crops_show_the_object() -> None:
         assert set(part.flatten(1).unique(dim=1)[:, :1].T.flatten().tolist()) <= set(
             whole.flatten().tolist()
         )
+
+
+def test_the_teacher_reads_the_same_facts_in_the_plainest_phrasing() -> None:
+    """Same objects, colours and verbs; a size that the student is not told the teacher is not."""
+    generator = torch.Generator().manual_seed(6)
+    rows = shapes.sample_attributes(200, generator)
+    wording = shapes.sample_wording(rows, generator)
+    plain = train_text.plainest(rows, wording)
+    told, meant = shapes.sizes_named(wording), shapes.sizes_named(plain)
+    assert torch.equal(told, meant)
+    for row, taught in zip(rows, plain, strict=True):
+        text = shapes.caption(row, taught)
+        assert text.startswith(("a ", "an "))
+        assert text.endswith(" background")
+        for name in ("color_1", "shape_1"):
+            words = shapes.COLORS if "color" in name else shapes.SHAPES
+            assert words[int(shapes.column(row[None], name))] in text.split()
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    """Where both read the same words the loss is 0; another encoder, or other words, have one."""
+    torch.manual_seed(0)
+    view = train_dit.View(5, 64, 64, clips=4, batch=4, share=1.0)
+    vae = Vae(DEMO.vae).requires_grad_(False)
+    pool = train_dit.Pool(view, vae, torch.Generator().manual_seed(1))
+    clean, told, plain = train_text.draw(pool, torch.Generator().manual_seed(2))
+    dit = Dit(DEMO.dit)
+    teacher, other = Umt5(DEMO.umt5), Umt5(DEMO.umt5)
+
+    def loss(student: tuple[Umt5, train_text.Tokens]) -> float:
+        draws = torch.Generator().manual_seed(3)
+        return train_text.matching_loss(dit, (teacher, plain), student, clean, draws).item()
+
+    assert loss((teacher, plain)) == 0
+    assert loss((teacher, told)) > 0
+    assert loss((other, plain)) > 0
