@@ -140,7 +140,7 @@ def test_the_teacher_reads_the_same_facts_in_the_plainest_phrasing() -> None:
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
-    """Where both read the same words the loss is 0; another encoder, or other words, have one."""
+    """The same encoder and words: rounding alone. Another encoder, or other words: a loss."""
     torch.manual_seed(0)
     view = train_dit.View(5, 64, 64, clips=4, batch=4, share=1.0)
     vae = Vae(DEMO.vae).requires_grad_(False)
@@ -153,6 +153,6 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
         draws = torch.Generator().manual_seed(3)
         return train_text.matching_loss(dit, (teacher, plain), student, clean, draws).item()
 
-    assert loss((teacher, plain)) == 0
-    assert loss((teacher, told)) > 0
-    assert loss((other, plain)) > 0
+    rounding = loss((teacher, plain))
+    assert loss((teacher, told)) > 1000 * rounding
+    assert loss((other, plain)) > 1000 * rounding
