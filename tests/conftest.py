@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A deadline per example fails on a busy machine, and says nothing about the code.
+settings.register_profile("wanfit", deadline=None)
+settings.load_profile("wanfit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
