@@ -19,7 +19,9 @@ from PIL import Image
 from training import shapes
 from training.analyser import ClipSeen, ObjectSeen, analyse
 from wanfit import generate
+from wanfit.engine.weights.directory import open_directory
 from wanfit.service import DEMO_DIRECTORY
+from wanfit.specs import DEMO
 
 Frames = npt.NDArray[np.uint8]
 
@@ -98,6 +100,18 @@ def test_other_sizes_and_lengths(tmp_path: Path) -> None:
     assert shapes.COLORS[seen.background] == "orange"
     assert shapes.COLORS[seen.objects[0].color] == "blue"
     assert shapes.MOTIONS[seen.objects[0].motion] == "down"
+
+
+def test_tiles_of_a_trained_autoencoder_blend_into_the_same_picture() -> None:
+    """Encoded and decoded in tiles of 96 px, a clip of 160x128 is that of the whole to 30 dB."""
+    vae = open_directory(DEMO_DIRECTORY, DEMO).load_vae(torch.device("cpu"), torch.float32)
+    rows = shapes.sample_attributes(1, torch.Generator().manual_seed(8))
+    frames = shapes.render(rows, 5, 128, 160)
+    with torch.inference_mode():
+        whole = torch.cat(list(vae.decode(vae.encode(frames))), dim=2)
+        tiled = torch.cat(list(vae.decode(vae.encode(frames, tile_px=96), tile_px=96)), dim=2)
+    assert not torch.equal(tiled, whole)
+    assert 10 * math.log10(4 / (tiled - whole).square().mean().item()) > 30
 
 
 def test_words_that_it_does_not_know_are_told_in_one_line(tmp_path: Path) -> None:

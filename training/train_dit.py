@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint, shapes
+from training import checkpoint, command, shapes
 from training.evaluate import embed_text, evaluate
 from training.optim import Average, Optimizer, learning_rate
 from wanfit.engine.models.dit import Dit
@@ -258,15 +258,10 @@ def initialise(dit: Dit, umt5: Umt5) -> None:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--run", type=Path, required=True)
-    arguments.add_argument("--minutes", type=float, required=True, help="of training, set-up apart")
-    arguments.add_argument("--of-minutes", type=float, help="the whole schedule, over all sittings")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--eager", action="store_true", help="do not compile")
-    arguments.add_argument("--evaluate", type=int, default=128, help="clips per line at the end")
-    args = arguments.parse_args()
+    options = command.parser(__doc__)
+    command.add_sittings(options)
+    options.add_argument("--evaluate", type=int, default=128, help="clips per line at the end")
+    args = options.parse_args()
 
     began = time.perf_counter()
     torch.manual_seed(args.seed)

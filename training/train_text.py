@@ -1,6 +1,6 @@
 """Teaches the text encoder more ways to say the same, without training the transformer again.
 
-    python -m training.train_text --run RUN --minutes 20 [--seed 0]
+    python -m training.train_text --run RUN --minutes 22 [--seed 0]
 
 The transformer is frozen. The encoder as it was, reading the plainest phrasing, is the teacher: the
 same noisy clip with the same facts worded otherwise shall give the same velocity. That target has
@@ -14,14 +14,12 @@ Dims: as in `train_dit`.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training import checkpoint, shapes
+from training import checkpoint, command, shapes
 from training.evaluate import embed_text
 from training.optim import Average, Optimizer, learning_rate
 from training.train_dit import FROM_IMAGE, TRAIN_SHIFT, Pool, View
@@ -93,12 +91,7 @@ def matching_loss(
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--run", type=Path, required=True)
-    arguments.add_argument("--minutes", type=float, required=True)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = arguments.parse_args()
+    args = command.parser(__doc__).parse_args()
 
     torch.manual_seed(args.seed)
     device = torch.device(args.device)

@@ -16,13 +16,12 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training import checkpoint, shapes
+from training import checkpoint, command, shapes
 from training.optim import Average, Optimizer, learning_rate
 from wanfit.engine.models.vae import Vae
 from wanfit.specs import DEMO
@@ -218,14 +217,9 @@ def averaged(trainer: Trainer) -> Vae:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--run", type=Path, required=True)
-    arguments.add_argument("--minutes", type=float, required=True, help="of training, set-up apart")
-    arguments.add_argument("--of-minutes", type=float, help="the whole schedule, over all sittings")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--eager", action="store_true", help="do not compile")
-    args = arguments.parse_args()
+    options = command.parser(__doc__)
+    command.add_sittings(options)
+    args = options.parse_args()
 
     began = time.perf_counter()
     torch.manual_seed(args.seed)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanfit.engine.ops.attention import attention
+from wanfit.engine.ops.norm import RmsNorm
 from wanfit.specs import DitSpec
 
 ROPE_THETA = 10_000.0  # official: model.py rope_params
@@ -194,18 +195,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(self.activation(self.up(x)))
         return y
-
-
-class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed and returned in fp32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

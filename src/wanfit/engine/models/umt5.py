@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanfit.engine.ops.attention import attention
+from wanfit.engine.ops.norm import RmsNorm
 from wanfit.specs import Umt5Spec
 
 
@@ -42,7 +43,7 @@ class Umt5(nn.Module):
         padding = padding.masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None, :]
         for block in self.blocks:
             x = block(x, bucket, padding)
-        out: Tensor = self.norm_out(x)
+        out: Tensor = self.norm_out(x).to(x.dtype)
         return out
 
 
@@ -57,8 +58,9 @@ class Block(nn.Module):
         self.ffn = GatedMlp(spec)
 
     def forward(self, x: Tensor, bucket: Tensor, padding: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), bucket, padding)
-        out: Tensor = x + self.ffn(self.ffn_norm(x))
+        # Each norm is rounded once, after its weight.
+        x = x + self.attn(self.attn_norm(x).to(x.dtype), bucket, padding)
+        out: Tensor = x + self.ffn(self.ffn_norm(x).to(x.dtype))
         return out
 
 
@@ -95,18 +97,6 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
         return out
-
-
-class RmsNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistics in fp32, rounded once."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def relative_buckets(length: int, spec: Umt5Spec, device: torch.device) -> Tensor:
