@@ -26,6 +26,7 @@ from PIL import Image
 from tests.test_media import png_header
 from wanfit import cli, errors, service
 from wanfit.errors import BadRequest, WanfitError, WeightsError
+from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.specs import MODELS
 
 WANFIT = (sys.executable, "-c", "from wanfit.cli import main; main()")
@@ -136,7 +137,7 @@ class TestGenerate:
             assert container.metadata["title"] == "a red dragon"
             assert len(list(container.decode(video=0))) == 5
         with Image.open(here / "outputs/demo-a-red-dragon-7.png") as sheet:
-            assert sheet.size == (4 * 64, 2 * 32)
+            assert sheet.size == (4 * (64 + GAP) + GAP, 2 * (32 + GAP) + GAP)
         lines = ended.stderr.splitlines()
         assert any(line.startswith("note: ") and "dragon" in line for line in lines)
         assert "denoise: 2 steps" in lines

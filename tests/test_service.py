@@ -30,6 +30,7 @@ from wanfit.errors import (
     WeightsMissing,
 )
 from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone
+from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.request import VideoRequest, resolve
 from wanfit.service import Report, default_output, generate
 
@@ -102,7 +103,10 @@ class TestClips:
         )
         assert report.contact_sheet == expected
         with Image.open(expected) as sheet:
-            assert sheet.size == (4 * 64, 2 * 32)  # five frames: four, and one below
+            assert sheet.size == (
+                4 * (64 + GAP) + GAP,
+                2 * (32 + GAP) + GAP,
+            )  # five frames: four, and one below
 
     def test_bf16_is_another_rounding_of_the_same_clip(
         self, tiny: Generate, tmp_path: Path
