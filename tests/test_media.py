@@ -334,7 +334,7 @@ class TestCheckOutput:
             ("full", "other things"),
             ("..", "names no new directory"),
             ("x" * 300 + ".mp4", "File name too long"),
-            ("nul\0.mp4", "null byte"),
+            ("nul\0.mp4", "is not a path"),
             ("stray\udcff.mp4", "UTF-8"),
         ],
     )

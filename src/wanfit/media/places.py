@@ -109,7 +109,7 @@ def write_errors(path: Path) -> Iterator[None]:
         hint = "Make room, or write elsewhere" if error.errno == errno.ENOSPC else "Write elsewhere"
         raise BadOutput(f"Cannot write {str(path)!r}: {reason(error)}", hint=hint) from error
     except ValueError as error:
-        if "null byte" not in str(error):
+        if "\0" not in str(path):
             raise
         raise BadOutput(f"{str(path)!r} is not a path: {error}") from error
 
