@@ -47,7 +47,9 @@ def training_state(
     modules: dict[str, nn.Module], averages: dict[str, Tensor], optimizer: Optimizer
 ) -> dict[str, Tensor]:
     """Everything that a run needs to go on: weights, their average, and the optimizer's state."""
-    parameters = {f"{m}.{n}": p for m, module in modules.items() for n, p in named(module)}
+    parameters = {
+        f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()
+    }
     state = {f"weights.{name}": p.detach() for name, p in parameters.items()}
     state |= {f"average.{name}": tensor for name, tensor in averages.items()}
     state |= {f"first.{name}": optimizer.first[p] for name, p in parameters.items()}
@@ -66,8 +68,3 @@ def restore(current: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     assert current.keys() == saved.keys(), set(current) ^ set(saved)
     for name, tensor in current.items():
         tensor.copy_(saved[name])
-
-
-def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters by name, without the prefix that torch.compile adds."""
-    return [(name.replace("_orig_mod.", ""), p) for name, p in module.named_parameters()]

@@ -23,9 +23,6 @@ from wanfit.engine.schedule import make_schedule
 from wanfit.geometry import geometry_of
 from wanfit.specs import DEMO, TEXT_TOKENS
 
-STEPS = 20
-SHIFT = 3.0
-
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -63,7 +60,7 @@ def evaluate(dit: Dit, umt5: Umt5, vae: Vae, device: torch.device, count: int) -
         first = None
         if trial.from_image:
             images = shapes.render(rows)[:, :, :1]
-            first = vae.moments(images, None, first=True).chunk(2, dim=1)[0]
+            first = vae.mean(images, None, first=True)
         latents = sample(dit, texts, generator, trial.guidance, first)
         yield f"{trial.title}: {summary(judge(vae, latents, rows, wording))}"
 
@@ -84,7 +81,7 @@ def embed_text(umt5: Umt5, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     The networks were made for 512 rows, zero where there is no token. All zero rows weigh the same
     in the attention, so one of them with a bias of ln(count) stands for those beyond S: the result
-    is the same to rounding (tests/training/test_train_dit.py).
+    is the same to rounding (tests/training/test_train.py).
     """
     rows = umt5(ids, mask) * mask[..., None]
     rows = nn.functional.pad(rows, (0, 0, 0, 1))
@@ -103,7 +100,7 @@ def sample(
     """Latents [B, C, T, H, W] of default-sized clips; `texts` are those of cond and uncond."""
     device, count = generator.device, len(texts[0][0])
     geometry = geometry_of(DEMO, *DEMO.presets[0], DEMO.sampling.num_frames)
-    schedule = make_schedule("euler", STEPS, SHIFT)
+    schedule = make_schedule("euler", DEMO.sampling.num_inference_steps, DEMO.sampling.shift)
     x = torch.randn(count, *geometry.latent_shape, generator=generator, device=device)
     for sigma, following in pairwise(schedule.sigmas):
         times = torch.full((count, x.shape[2]), 1000 * sigma, device=device)

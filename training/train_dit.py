@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from training import checkpoint, command, shapes
 from training.evaluate import embed_text, evaluate
-from training.optim import Average, Optimizer, learning_rate
+from training.optim import Average, Optimizer, captured, learning_rate
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
+from wanfit.geometry import geometry_of
 from wanfit.specs import DEMO
 
 PEAK_LR = 1.5e-3
@@ -52,8 +53,7 @@ class View:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        stride = DEMO.vae.stride_px
-        return 48, (self.frames - 1) // 4 + 1, self.height // stride, self.width // stride
+        return geometry_of(DEMO, self.width, self.height, self.frames).latent_shape
 
 
 VIEWS = (
@@ -88,7 +88,7 @@ class Pool:
         rows = shapes.sample_attributes(count, self.generator)
         frames = shapes.render(rows, self.view.frames, self.view.height, self.view.width)
         with torch.autocast(frames.device.type, dtype=torch.bfloat16):
-            mean = self.vae.moments(frames, None, first=True).chunk(2, dim=1)[0]
+            mean = self.vae.mean(frames, None, first=True)
         self.latents[self.next : self.next + count] = mean
         self.rows[self.next : self.next + count] = rows
         self.next = (self.next + count) % self.view.clips
@@ -100,12 +100,7 @@ class Pool:
         rows = self.rows[pick]
         ids, mask = shapes.tokenise_batch(rows, shapes.sample_wording(rows, self.generator))
         empty = torch.rand(batch, 1, generator=self.generator, device=device) < EMPTY_CAPTIONS
-        no_ids, no_mask = shapes.empty_captions(batch, device)
-        return (
-            self.latents[pick],
-            torch.where(empty, no_ids, ids),
-            torch.where(empty, no_mask, mask),
-        )
+        return self.latents[pick], *emptied(ids, mask, empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +131,7 @@ class Trainer:
             [
                 (f"{prefix}.{name}", p)
                 for prefix, module in self.modules.items()
-                for name, p in checkpoint.named(module)
+                for name, p in module.named_parameters()
             ],
             AVERAGE_DECAY,
         )
@@ -152,16 +147,12 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error of the velocity, over all latent frames that are not given."""
-        latent_frames = batch.latents.shape[2]
-        sigma = batch.sigma[:, None].expand(-1, latent_frames).clone()  # [B, T]
-        sigma[:, 0] = sigma[:, 0] * ~batch.from_image
-        s = sigma[:, None, :, None, None]
         clean = batch.latents
-        noisy = (1 - s) * clean + s * batch.noise
+        noisy, sigma = noised(clean, batch.noise, batch.sigma, batch.from_image)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             text, bias = embed_text(self.umt5, batch.ids, batch.mask)
             velocity = self.dit(noisy, 1000 * sigma, text, bias).float()
-        counted = (s > 0).float().expand_as(clean)
+        counted = (sigma > 0).float()[:, None, :, None, None].expand_as(clean)
         error = (velocity - (batch.noise - clean)).square() * counted
         loss: Tensor = error.sum() / counted.sum()
         return loss
@@ -180,15 +171,7 @@ class Trainer:
         if self.device.type != "cuda":
             return
         self.lr.fill_(0)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.update(batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graphs[view] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[view]):
-            self.outputs[view] = self.update(batch)
+        self.graphs[view], self.outputs[view] = captured(lambda: self.update(batch))
 
     def step(self, view: View, drawn: tuple[Tensor, Tensor, Tensor], lr: float) -> Tensor:
         """One update on a drawn batch; noise, times and image conditioning are drawn here."""
@@ -196,8 +179,7 @@ class Trainer:
         for fixed, fresh in zip((batch.latents, batch.ids, batch.mask), drawn, strict=True):
             fixed.copy_(fresh)
         batch.noise.normal_()
-        u = torch.randn_like(batch.sigma).sigmoid()  # logit-normal times: Esser et al. 2024
-        batch.sigma.copy_(TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u))
+        batch.sigma.copy_(training_sigma(torch.randn_like(batch.sigma)))
         batch.from_image.copy_(torch.rand_like(batch.sigma) < FROM_IMAGE)
         self.lr.fill_(lr)
         if view not in self.graphs:
@@ -233,6 +215,31 @@ class Trainer:
             sigma=torch.full((view.batch,), 0.5, device=device),
             from_image=torch.zeros(view.batch, dtype=torch.bool, device=device),
         )
+
+
+def emptied(ids: Tensor, mask: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """ids and mask [B, S] with the empty caption where `empty`, bool [B, 1]."""
+    no_ids, no_mask = shapes.empty_captions(len(ids), ids.device)
+    return torch.where(empty, no_ids, ids), torch.where(empty, no_mask, mask)
+
+
+def training_sigma(normal: Tensor) -> Tensor:
+    """Noise levels in (0, 1) from normal draws: logit-normal (Esser et al. 2024), then shifted."""
+    u = normal.sigmoid()
+    return TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u)
+
+
+def noised(
+    clean: Tensor, noise: Tensor, sigma: Tensor, from_image: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents [B, C, T, H, W] and the sigma of each latent frame [B, T].
+
+    sigma: [B]. from_image: bool [B], where the first latent frame is given and stays clean.
+    """
+    levels = sigma[:, None].expand(-1, clean.shape[2]).clone()
+    levels[:, 0] = levels[:, 0] * ~from_image
+    s = levels[:, None, :, None, None]
+    return (1 - s) * clean + s * noise, levels
 
 
 @torch.no_grad()
@@ -275,6 +282,7 @@ def main() -> None:
     for view in views:
         trainer.capture(view)
         print(f"{view} ready after {time.perf_counter() - began:.0f} s", flush=True)
+    trainer.optimizer.reset()
     done_s = resume(trainer, args.run)
     generator = torch.Generator(device).manual_seed(args.seed + 1 + int(done_s))
     pools = {view: Pool(view, vae, generator) for view in views}
@@ -294,16 +302,12 @@ def resume(trainer: Trainer, run: Path) -> float:
         checkpoint.restore(trainer.state(), state)
         assert isinstance(note, dict)
         return float(note["trained_s"])
-    # Capturing has moved the averages and the momenta; nothing else, at rate 0.
-    fresh = trainer.optimizer
-    for tensor in (*fresh.first.values(), *fresh.second.values(), fresh.steps):
-        tensor.zero_()
     if not (run / "dit.json").exists():
         return 0.0
     done_s = 0.0
     for name, module in trainer.modules.items():
         weights, note = checkpoint.load(run, name, trainer.device)
-        checkpoint.restore(dict(checkpoint.named(module)), weights)
+        checkpoint.restore(dict(module.named_parameters()), weights)
         checkpoint.restore(
             {n: t for n, t in trainer.average.tensors.items() if n.startswith(name)},
             {f"{name}.{n}": t for n, t in weights.items()},

@@ -22,7 +22,7 @@ from torch import Tensor
 from training import checkpoint, command, shapes
 from training.evaluate import embed_text
 from training.optim import Average, Optimizer, learning_rate
-from training.train_dit import FROM_IMAGE, TRAIN_SHIFT, Pool, View
+from training.train_dit import FROM_IMAGE, Pool, View, emptied, noised, training_sigma
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
@@ -58,11 +58,9 @@ def draw(pool: Pool, generator: torch.Generator) -> tuple[Tensor, Tokens, Tokens
     rows = pool.rows[pick]
     wording = shapes.sample_wording(rows, generator)
     empty = torch.rand(batch, 1, generator=generator, device=device) < EMPTY_SHARE
-    nothing = shapes.empty_captions(batch, device)
 
     def tokens(words: Tensor) -> Tokens:
-        ids, mask = shapes.tokenise_batch(rows, words)
-        return torch.where(empty, nothing[0], ids), torch.where(empty, nothing[1], mask)
+        return emptied(*shapes.tokenise_batch(rows, words), empty)
 
     return pool.latents[pick].float(), tokens(wording), tokens(plainest(rows, wording))
 
@@ -76,16 +74,13 @@ def matching_loss(
 ) -> Tensor:
     """Mean squared difference of the two velocities, each encoder reading its own tokens."""
     device, batch = generator.device, len(clean)
-    u = torch.randn(batch, generator=generator, device=device).sigmoid()
-    sigma = (TRAIN_SHIFT * u / (1 + (TRAIN_SHIFT - 1) * u))[:, None].repeat(1, clean.shape[2])
+    sigma = training_sigma(torch.randn(batch, generator=generator, device=device))
     given = torch.rand(batch, generator=generator, device=device) < FROM_IMAGE
-    sigma[:, 0] = sigma[:, 0] * ~given
-    s = sigma[:, None, :, None, None]
     noise = torch.randn(clean.shape, generator=generator, device=device)
-    noisy = (1 - s) * clean + s * noise
+    noisy, levels = noised(clean, noise, sigma, given)
     with torch.no_grad():
-        target = dit(noisy, 1000 * sigma, *embed_text(teacher[0], *teacher[1]))
-    velocity = dit(noisy, 1000 * sigma, *embed_text(student[0], *student[1]))
+        target = dit(noisy, 1000 * levels, *embed_text(teacher[0], *teacher[1]))
+    velocity = dit(noisy, 1000 * levels, *embed_text(student[0], *student[1]))
     loss: Tensor = (velocity - target).square().mean()
     return loss
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import checkpoint, command, shapes
-from training.optim import Average, Optimizer, learning_rate
+from training.optim import Average, Optimizer, captured, learning_rate
 from wanfit.engine.models.vae import Vae
+from wanfit.geometry import geometry_of
 from wanfit.specs import DEMO
 
 PEAK_LR = 2e-3
@@ -66,7 +67,7 @@ class Trainer:
     def losses(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The training loss and the mean squared error, of frames [B, 3, F, H, W]."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            mean = self.vae.moments(frames, None, first=True).chunk(2, dim=1)[0]
+            mean = self.vae.mean(frames, None, first=True)
             out = self.vae.pixels(mean + LATENT_NOISE * noise, None, first=True)
         out, mean = out.float(), mean.float()
         squared = F.mse_loss(out, frames)
@@ -83,28 +84,17 @@ class Trainer:
         return squared.detach()
 
     def capture(self, view: View) -> None:
-        """Records a step of this view as one CUDA graph: small networks are bound by launches."""
+        """Makes the tensors that a step of this view reads, and on a GPU records the step."""
         frames = torch.rand(
             view.batch, 3, view.frames, view.side_px, view.side_px, device=self.device
         ).contiguous(memory_format=torch.channels_last_3d)
-        latent_side = view.side_px // DEMO.vae.stride_px
-        latent_frames = (view.frames - 1) // 4 + 1
-        noise = torch.randn(
-            view.batch, 48, latent_frames, latent_side, latent_side, device=self.device
-        )
+        geometry = geometry_of(DEMO, view.side_px, view.side_px, view.frames)
+        noise = torch.randn(view.batch, *geometry.latent_shape, device=self.device)
         self.inputs[view] = frames, noise
         if self.device.type != "cuda":
             return
         self.lr.fill_(0)
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            for _ in range(3):
-                self.update(frames, noise)
-        torch.cuda.current_stream().wait_stream(side_stream)
-        self.graphs[view] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graphs[view]):
-            self.outputs[view] = self.update(frames, noise)
+        self.graphs[view], self.outputs[view] = captured(lambda: self.update(frames, noise))
 
     def step(self, view: View, clips: Tensor, lr: float) -> Tensor:
         """One update on a fresh batch."""
@@ -180,7 +170,7 @@ def held_out_psnr(vae: Vae, device: torch.device, count: int = 64) -> float:
     errors = []
     for part in rows.split(16):
         clips = shapes.render(part)
-        mean = vae.moments(clips, None, first=True).chunk(2, dim=1)[0]
+        mean = vae.mean(clips, None, first=True)
         out = vae.pixels(mean, None, first=True).clamp(-1, 1)
         errors.append(F.mse_loss(out, clips))
     return 10 * math.log10(4 / torch.stack(errors).mean().item())
@@ -191,10 +181,7 @@ def fold_statistics(vae: Vae, device: torch.device, count: int = 256) -> None:
     """Moves the latents to mean 0 and deviation 1 by changing the two 1x1x1 convolutions."""
     rows = shapes.sample_attributes(count, torch.Generator(device).manual_seed(78))
     latents = torch.cat(
-        [
-            vae.moments(shapes.render(part), None, first=True).chunk(2, dim=1)[0]
-            for part in rows.split(16)
-        ]
+        [vae.mean(shapes.render(part), None, first=True) for part in rows.split(16)]
     )
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     channels = len(mean)
@@ -232,6 +219,7 @@ def main() -> None:
     for view in views:
         trainer.capture(view)
         print(f"{view} ready after {time.perf_counter() - began:.0f} s", flush=True)
+    trainer.optimizer.reset()
     if (args.run / "state.json").exists():
         state, note = checkpoint.load(args.run, "state", device)
         checkpoint.restore(trainer.state(), state)
@@ -241,10 +229,6 @@ def main() -> None:
         weights, _ = checkpoint.load(args.run, "vae", device)
         checkpoint.restore(dict(trainer.vae.named_parameters()), weights)
         checkpoint.restore(trainer.average.tensors, weights)
-    else:  # capturing has moved the averages and the moments; nothing else, at rate 0
-        fresh = trainer.optimizer
-        for tensor in (*fresh.first.values(), *fresh.second.values(), fresh.steps):
-            tensor.zero_()
 
     train(trainer, done_s, args)
 

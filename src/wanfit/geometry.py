@@ -102,8 +102,12 @@ def size_for_image(
     I2V-A14B and TI2V-5B round differently, and so do we. The size is legal for `spec`.
     Raises BadSize when the image is so narrow that no legal size has its shape.
     """
-    rule = _size_i2v if spec.task == "i2v" else _size_ti2v
-    width, height = rule(image_width, image_height, area_px, spec.vae.stride_px, spec.grid_px)
+    if spec.task == "i2v":
+        width, height = _size_i2v(
+            image_width, image_height, area_px, spec.vae.stride_px, spec.grid_px
+        )
+    else:
+        width, height = _size_ti2v(image_width, image_height, area_px, spec.grid_px)
     most = ROPE_POSITIONS * spec.grid_px
     if min(width, height) < spec.grid_px or max(width, height) > most:
         raise BadSize(
@@ -125,11 +129,8 @@ def _size_i2v(
     return latent_width * stride_px, latent_height * stride_px
 
 
-def _size_ti2v(
-    image_width: int, image_height: int, area_px: int, stride_px: int, grid_px: int
-) -> tuple[int, int]:
+def _size_ti2v(image_width: int, image_height: int, area_px: int, grid_px: int) -> tuple[int, int]:
     """official: utils.py, best_output_size. Rounds a side down, fits the other; the better wins."""
-    del stride_px
     ratio = image_width / image_height
     ideal_width = math.sqrt(area_px * ratio)
     ideal_height = area_px / ideal_width

@@ -92,11 +92,14 @@ class Vae(nn.Module):
         yield frames[:, :, :1]
         yield from frames[:, :, 1:].split(self.spec.stride_frames, dim=2)
 
-    def moments(self, frames: Tensor, history: History | None, *, first: bool) -> Tensor:
-        """Mean and log-variance [B, 2 C, T, H, W] before normalisation, of frames or a chunk."""
+    def mean(self, frames: Tensor, history: History | None, *, first: bool) -> Tensor:
+        """Latents before normalisation, [B, C, T, H, W], of frames or a chunk.
+
+        The encoder gives a log-variance too, which nobody samples from (official: mu alone).
+        """
         x: Tensor = self.encoder(fold_pixels(frames, self.spec.pixel_patch), history, first)
-        moments: Tensor = self.to_moments(x)
-        return moments
+        mean: Tensor = self.to_moments(x).chunk(2, dim=1)[0]
+        return mean
 
     def pixels(self, latents: Tensor, history: History | None, *, first: bool) -> Tensor:
         """Frames [B, 3, f, H, W], not clamped, of latents before normalisation, or a chunk."""
@@ -123,13 +126,12 @@ class Vae(nn.Module):
         history = History()
         dtype = self.to_moments.weight.dtype
         chunks = [frames[:, :, :1], *frames[:, :, 1:].split(self.spec.stride_frames, dim=2)]
-        moments = [
-            self.moments(chunk.to(dtype), history, first=i == 0)
+        means = [
+            self.mean(chunk.to(dtype), history, first=i == 0)
             for i, chunk in enumerate(chunks)
             if chunk.shape[2]
         ]
-        mean, _ = torch.cat(moments, dim=2).chunk(2, dim=1)
-        return self.normalise(mean)
+        return self.normalise(torch.cat(means, dim=2))
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         history = History()
