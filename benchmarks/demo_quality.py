@@ -51,16 +51,15 @@ from training.shapes import (
 )
 from training.sheet import Strip, draw_sheet, to_uint8
 from wanfit.engine.decode import to_uint8 as decoded_to_uint8
-from wanfit.engine.models.dit import Dit
-from wanfit.engine.models.umt5 import Umt5
-from wanfit.engine.models.vae import Vae
 from wanfit.engine.pipeline import VAE_DTYPE, generate_frames
-from wanfit.engine.tokenizer import TextTokenizer
-from wanfit.engine.weights.directory import ModelDirectory, open_directory
+from wanfit.engine.weights.depot import Depot
+from wanfit.engine.weights.open import open_model
 from wanfit.events import FramesReady
+from wanfit.plan.machine import read_machine
+from wanfit.plan.planner import make_plan
 from wanfit.request import VideoRequest, resolve
 from wanfit.service import DEMO_DIRECTORY
-from wanfit.specs import DEMO, Expert
+from wanfit.specs import DEMO
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 T = TypeVar("T")
@@ -176,33 +175,14 @@ class Bound:
     psnr_db: float  # of the copy
 
 
-class LoadedWeights:
-    """A model directory that keeps each network once it is loaded (pipeline.Weights)."""
-
-    def __init__(self, directory: ModelDirectory) -> None:
-        self.tokenizer: Callable[[], TextTokenizer] = functools.cache(directory.tokenizer)
-        self._umt5 = functools.cache(directory.load_umt5)
-        self._dit = functools.cache(directory.load_dit)
-        self._vae = functools.cache(directory.load_vae)
-
-    def load_umt5(self, device: torch.device, dtype: torch.dtype) -> Umt5:
-        return self._umt5(device, dtype)
-
-    def load_dit(self, expert: Expert, device: torch.device, dtype: torch.dtype) -> Dit:
-        return self._dit(expert, device, dtype)
-
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Vae:
-        return self._vae(device, dtype)
-
-
 class Maker:
     """Makes clips in one process."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.device = torch.device(settings.device)
-        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        self.weights = LoadedWeights(open_directory(settings.weights, DEMO))
+        self.depot = Depot(torch.device(settings.device))
+        self.files = open_model(settings.weights, DEMO)
+        self.machine = read_machine()
 
     def make(self, task: Task) -> Outcome:
         """One clip by the engine's pipeline, read by the analyser."""
@@ -235,7 +215,14 @@ class Maker:
         request = resolve(
             VideoRequest.parse(fields), DEMO, image_size=image.size if image else None
         )
-        events = generate_frames(request, self.weights, image, self.device, self.dtype)
+        plan = make_plan(
+            request,
+            self.machine,
+            with_image=image is not None,
+            precision="bf16" if settings.precision == "bf16" else "fp32",
+            device="cuda" if self.depot.device.type == "cuda" else "cpu",
+        )
+        events = generate_frames(plan, self.files, image, self.depot)
         chunks = [event.frames for event in events if isinstance(event, FramesReady)]
         return np.concatenate(chunks)
 
@@ -263,8 +250,10 @@ class Maker:
     @torch.inference_mode()
     def copy(self, frames: Frames) -> Frames:
         """The autoencoder's copy of a clip."""
-        vae = self.weights.load_vae(self.device, VAE_DTYPE)
-        pixels = torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2).float() / 127.5 - 1
+        vae = self.files.load_vae(self.depot.device, VAE_DTYPE)
+        pixels = (
+            torch.from_numpy(frames).to(self.depot.device).permute(3, 0, 1, 2).float() / 127.5 - 1
+        )
         latents = vae.encode(pixels[None])
         return np.concatenate([decoded_to_uint8(chunk) for chunk in vae.decode(latents)])
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.test_media import png_header
 from wanfit import cli, errors, service
-from wanfit.errors import BadRequest, WanfitError, WeightsError
+from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.specs import MODELS
 
@@ -405,5 +405,6 @@ class TestExitCodes:
     def test_every_leaf_of_the_error_tree_is_mapped(self) -> None:
         assert errors.BadSize in leaves(WanfitError)
         for leaf in leaves(WanfitError):
-            (branch,) = {BadRequest, WeightsError} & set(leaf.__mro__)
-            assert cli.exit_code(leaf("message")) == (2 if branch is BadRequest else 4)
+            (branch,) = {BadRequest, NoRoom, WeightsError} & set(leaf.__mro__)
+            code = {BadRequest: 2, NoRoom: 3, WeightsError: 4}[branch]
+            assert cli.exit_code(leaf("message")) == code

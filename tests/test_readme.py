@@ -86,8 +86,9 @@ def test_every_wanfit_command_parses(line: str) -> None:
 
 
 def test_every_option_in_the_text_exists() -> None:
-    command = typer.main.get_command(cli.app).commands["generate"]  # type: ignore[attr-defined]
-    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    parameters = [parameter for command in commands for parameter in command.params]
+    options = {option for parameter in parameters for option in parameter.opts} | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named - options == set()
 

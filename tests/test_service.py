@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,20 +22,26 @@ from PIL import Image
 
 import wanfit
 from tests.engine.tiny_models import TINY_I2V, TINY_TI2V
+from wanfit.engine.weights.convert import convert_model
+from wanfit.engine.weights.depot import Depot
 from wanfit.errors import (
     BadFrameCount,
     BadImage,
     BadOption,
     BadOutput,
+    DoesNotFit,
+    OutOfMemory,
     UnknownModel,
     WanfitError,
+    WeightsBroken,
     WeightsMismatch,
     WeightsMissing,
 )
-from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone
+from wanfit.events import Event, FramesReady, Notice, Stage, StageBegan, StepDone
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
+from wanfit.report import Report
 from wanfit.request import VideoRequest, resolve
-from wanfit.service import Report, default_output, generate
+from wanfit.service import default_output, generate
 
 Generate = Callable[..., Report]
 PROMPT = "a red circle moves left"
@@ -258,9 +267,104 @@ class TestRefusals:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
     def test_cuda_where_there_is_none(self, tiny: Generate, tmp_path: Path) -> None:
-        with pytest.raises(BadOption, match="sees 0 CUDA devices"):
+        with pytest.raises(BadOption, match="no GPU that its driver shows"):
             tiny(output=tmp_path / "clip.mp4", device="cuda")
         assert nothing_in(tmp_path)
+
+
+class KernelRanOut(torch.AcceleratorError):
+    """What a kernel raises when it, and not the allocator, runs out of memory."""
+
+    error_code = 2
+
+
+class TestMemory:
+    """Memory that runs out in spite of the plan, forced from where events are told."""
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KernelRanOut])
+    @pytest.mark.parametrize("stage", ["denoise", "decode"])
+    def test_running_out_once_is_tried_again_with_a_tighter_plan(
+        self, tiny: Generate, tmp_path: Path, stage: Stage, error: type[Exception]
+    ) -> None:
+        """The second attempt gives the same clip as one that went well, and the report says so."""
+        expected = tmp_path / "expected.npy"
+        tiny(output=expected)
+        told: list[Event] = []
+
+        def run_out_once(event: Event) -> None:
+            told.append(event)
+            first = StepDone(stage, 1, 2)
+            if event == first and told.count(first) == 1:
+                raise error("no memory")
+
+        report = tiny(output=tmp_path / "clip.npy", on_event=run_out_once)
+        assert report.retried
+        assert np.array_equal(np.load(expected), np.load(tmp_path / "clip.npy"))
+        said = [event.message for event in told if isinstance(event, Notice)]
+        assert sum("Memory ran out" in message for message in said) == 1
+
+    def test_running_out_twice_is_an_error_that_says_what_was_held(
+        self, tiny: Generate, tmp_path: Path
+    ) -> None:
+        """Nothing is left behind: neither a file nor a thread; and the next job runs."""
+        threads = threading.active_count()
+
+        def run_out(event: Event) -> None:
+            if isinstance(event, StepDone):
+                raise torch.OutOfMemoryError("no memory")
+
+        with pytest.raises(OutOfMemory, match=r"registered, ring \d+ bytes"):
+            tiny(output=tmp_path / "clip.mp4", on_event=run_out)
+        assert nothing_in(tmp_path)
+        assert threading.active_count() == threads
+        assert not tiny(output=tmp_path / "clip.mp4").retried
+
+    def test_a_budget_that_nothing_fits_is_refused_before_torch_works(
+        self, tiny: Generate, tmp_path: Path
+    ) -> None:
+        with pytest.raises(DoesNotFit, match="of RAM"):
+            tiny(output=tmp_path / "clip.mp4", ram="1MiB")
+        assert nothing_in(tmp_path)
+
+    def test_a_depot_that_is_kept_serves_the_next_clip(
+        self, tiny: Generate, tmp_path: Path
+    ) -> None:
+        """The caller's depot is not released; it holds the files of one model at a time."""
+        depot = Depot(torch.device("cpu"))
+        first = tiny(output=tmp_path / "1.npy", depot=depot)
+        assert depot.num_files > 0
+        again = tiny(output=tmp_path / "2.npy", depot=depot)
+        assert np.array_equal(np.load(first.output), np.load(again.output))
+        depot.release()
+        assert depot.num_files == depot.registered_bytes == depot.ring_bytes == 0
+
+    def test_a_store_is_checked_between_jobs(self, tmp_path: Path, tiny_model_dir: Path) -> None:
+        """A flipped byte is found while nothing runs, and told before a later clip begins."""
+        store = tmp_path / "store"
+        convert_model(tiny_model_dir, store, TINY_TI2V, "bf16")
+        depot = Depot(torch.device("cpu"), check_idle=True)
+
+        def call(name: str) -> Report:
+            return generate(
+                PROMPT, spec=TINY_TI2V, weights=store, device="cpu", depot=depot, size="64x32",
+                frames=5, steps=1, seed=7, output=tmp_path / name,
+            )  # fmt: skip
+
+        def call_for_a_while() -> None:
+            for _ in range(60):
+                call("clip.npy")
+                time.sleep(1)  # idle
+
+        file = store / "high_noise.safetensors"
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            last = stream.read(1)
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([last[0] ^ 1]))
+        call("clip.npy")  # opening a store reads no tensor
+        with pytest.raises(WeightsBroken, match=r"high_noise\.safetensors"):
+            call_for_a_while()
+        depot.release()
 
 
 class TestDefaultOutput:

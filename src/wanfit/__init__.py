@@ -14,15 +14,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wanfit.errors import BadRequest, WanfitError, WeightsError
+    from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
+    from wanfit.report import Report
     from wanfit.request import VideoRequest
-    from wanfit.service import Report, generate
+    from wanfit.service import generate
 
-__all__ = ["BadRequest", "Report", "VideoRequest", "WanfitError", "WeightsError", "generate"]
+__all__ = [
+    "BadRequest",
+    "NoRoom",
+    "Report",
+    "VideoRequest",
+    "WanfitError",
+    "WeightsError",
+    "generate",
+]
 
 _HOMES = {
     "BadRequest": "wanfit.errors",
-    "Report": "wanfit.service",
+    "NoRoom": "wanfit.errors",
+    "Report": "wanfit.report",
     "VideoRequest": "wanfit.request",
     "WanfitError": "wanfit.errors",
     "WeightsError": "wanfit.errors",

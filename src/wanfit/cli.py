@@ -1,8 +1,8 @@
-"""The command line: `wanfit generate`, `wanfit models`.
+"""The command line: `wanfit generate`, `wanfit plan`, `wanfit convert`, `wanfit models`.
 
 An edge: it reads arguments and the environment, draws progress, and maps errors to exit codes:
 
-    0 done · 1 our fault · 2 bad request · 3 does not fit (not raised yet)
+    0 done · 1 our fault · 2 bad request · 3 does not fit: memory or disk
     4 weights missing or broken · 5 interrupted
 
 stdout carries the result only: the path of the clip, or with --json one JSON object (the report,
@@ -17,21 +17,22 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, Self
 
 import typer
 
-from wanfit.errors import BadRequest, WanfitError, WeightsError
+from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from wanfit.events import Event, Stage
-    from wanfit.service import Report
+    from wanfit.report import Report
     from wanfit.specs import ModelSpec
 
-EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 4, 5
+EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 5
 TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
 
 LINE_EVERY_S = 5.0  # without a terminal: a line at least so often while steps go by,
@@ -97,6 +98,8 @@ def exit_code(error: WanfitError) -> int:
     match error:
         case BadRequest():
             return EXIT_BAD_REQUEST
+        case NoRoom():
+            return EXIT_NO_ROOM
         case WeightsError():
             return EXIT_WEIGHTS
         case _:
@@ -151,6 +154,13 @@ def _root(
     """Runs the Wan 2.2 video models on the GPU and memory you have."""
 
 
+def _official_flag(name: str) -> Any:
+    """A memory flag of the official script: accepted, and explained once the clip is made."""
+    return typer.Option(
+        name, help="Of the official script; the planner decides, and says what it did instead."
+    )
+
+
 @app.command()
 def generate(  # noqa: PLR0913  one parameter per option is how typer reads a command line
     prompt: Annotated[str, typer.Argument(help="What the clip shows.", show_default=False)],
@@ -173,11 +183,18 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
     solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same clip; -1: random.")] = None,
     precision: Annotated[
-        str, typer.Option(help="auto (bf16 on CUDA, fp32 on the CPU), fp32 or bf16.")
+        str, typer.Option(help="auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp8.")
     ] = "auto",
+    vram: Annotated[
+        str | None, typer.Option(help="The most GPU memory to hold, as in 12GiB.", metavar="BYTES")
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option(help="The most RAM to hold, as in 16GiB.", metavar="BYTES")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     weights: Annotated[
-        str | None, typer.Option(help="Model directory in diffusers layout.", metavar="DIR")
+        str | None,
+        typer.Option(help="A store, or a model directory in diffusers layout.", metavar="DIR"),
     ] = None,
     output: Annotated[
         str | None,
@@ -189,6 +206,10 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
     contact_sheet: Annotated[
         bool, typer.Option("--contact-sheet", help="Also write eight frames as one PNG beside it.")
     ] = False,
+    offload_model: Annotated[bool | None, _official_flag("--offload-model")] = None,
+    t5_cpu: Annotated[bool | None, _official_flag("--t5-cpu")] = None,
+    convert_model_dtype: Annotated[bool | None, _official_flag("--convert-model-dtype")] = None,
+    init_on_cpu: Annotated[bool | None, _official_flag("--init-on-cpu")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Make a clip from PROMPT. Options that are not given take the model's official defaults."""
@@ -206,6 +227,12 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
         "solver": solver,
         "seed": seed,
     }
+    flags: dict[str, Any] = {
+        "offload_model": offload_model,
+        "t5_cpu": t5_cpu,
+        "convert_model_dtype": convert_model_dtype,
+        "init_on_cpu": init_on_cpu,
+    }
     with _progress() as progress:
         report = service.generate(
             prompt,
@@ -214,14 +241,20 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
             weights=weights,
             device=device,
             precision=precision,
+            vram=vram,
+            ram=ram,
             output=output,
             contact_sheet=contact_sheet,
             on_event=progress.show,
             **options,
+            **flags,
         )
     if as_json:
         _say_json(report.to_json())
     else:
+        if any(flag is not None for flag in flags.values()):
+            for note in report.plan.notes:
+                typer.echo(f"note: {note}", err=True)
         typer.echo(_summary(report), err=True)
         typer.echo(report.output)
 
@@ -234,6 +267,138 @@ def _summary(report: Report) -> str:
         f" {settings['fps']} fps, seed {settings['seed']}, {report.total_s:.1f} s on"
         f" {report.device} in {report.precision}{sheet}"
     )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Model directory in diffusers layout.", metavar="DIR", show_default=False
+        ),
+    ],
+    output: Annotated[
+        str, typer.Option(help="A new directory, or a store to replace.", metavar="DIR")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Which model it is. Default: what its files say.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the transformers: bf16 or fp8.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write the model in DIR as a store, which streams best. Stopped, it continues where it was."""
+    from wanfit.engine.weights.partial import check_target
+    from wanfit.engine.weights.recognise import recognise, store_precision
+    from wanfit.progress import byte_progress
+    from wanfit.specs import spec_named
+
+    stored = store_precision(precision)
+    spec = recognise(Path(source)) if model is None else spec_named(model)
+    check_target(Path(source), Path(output))
+
+    from wanfit.engine.weights.convert import convert_model
+
+    try:
+        with byte_progress() as progress:
+            report = convert_model(
+                Path(source),
+                Path(output),
+                spec,
+                stored,
+                lambda step: progress.show(step.network, step.done_bytes, step.total_bytes),
+            )
+    except _Interrupted:
+        typer.echo("note: what was converted is kept; the same command continues there", err=True)
+        raise
+    about = report.to_json()
+    if as_json:
+        _say_json(about)
+        return
+    typer.echo(
+        f"{spec.name} in {stored}: {about['store_bytes'] / 1e9:.2f} GB in {report.total_s:.1f} s,"
+        f" {about['mb_per_s']:.0f} MB/s",
+        err=True,
+    )
+    typer.echo(report.output)
+
+
+@app.command()
+def plan(  # noqa: PLR0913  as generate
+    model: Annotated[str, typer.Option(help="Which model; see wanfit models.")] = "demo",
+    image: Annotated[str | None, typer.Option(help="First frame: an image file.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames, 4n + 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 needs half the work.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Of the high-noise expert.")] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Of the low-noise expert.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Time shift of the schedule.")] = None,
+    solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto (bf16 on CUDA, fp32 on the CPU), fp32, bf16 or fp8.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="A card that need not be here, such as rtx5090; all: every known one."),
+    ] = None,
+    vram: Annotated[str | None, typer.Option(help="GPU memory to keep to, as in 12GiB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="RAM to keep to, as in 117GB.")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="A machine described as JSON.", metavar="FILE")
+    ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(help="With --gpu all: JSON or CSV, card to cost per hour.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say whether a clip fits a machine, how it would run, and how long it takes."""
+    from wanfit.plan import command
+
+    options: dict[str, Any] = {
+        "size": size,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance": guidance,
+        "guidance_high": guidance_high,
+        "guidance_low": guidance_low,
+        "shift": shift,
+        "solver": solver,
+    }
+    asked = command.ask(
+        model,
+        _image_size(image),
+        options,
+        precision=precision,
+        device=device,
+        vram=vram,
+        ram=ram,
+    )
+    if gpu == "all":
+        offers = command.plan_all(asked, price)
+        if as_json:
+            _say_json(command.offers_json(offers))
+        else:
+            command.print_offers(asked, offers, priced=price is not None)
+        if not any(offer.plan for offer in offers):
+            raise typer.Exit(EXIT_NO_ROOM)
+        return
+    place = command.machine_for(asked, gpu, machine)
+    made = command.plan_one(asked, place)
+    if as_json:
+        _say_json(command.plan_json(made, place))
+    else:
+        command.print_plan(made, place)
+
+
+def _image_size(image: str | None) -> tuple[int, int] | None:
+    """(width, height) of an image file in px."""
+    if image is None:
+        return None
+    from wanfit.media import read_image
+
+    return read_image(image).size
 
 
 @app.command()

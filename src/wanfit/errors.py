@@ -8,14 +8,18 @@
     │   ├── BadImage          the image is missing, not wanted, unreadable or too large
     │   ├── BadOutput         the output cannot be written there, or its suffix is unknown
     │   └── UnknownModel      no model of that name
-    └── WeightsError          the model's files must change
-        ├── WeightsMissing    files that the model needs are not there
-        ├── WeightsBroken     a file is truncated, or does not hold what its header says
-        └── WeightsMismatch   whole files, but of another model
+    ├── WeightsError          the model's files must change
+    │   ├── WeightsMissing    files that the model needs are not there
+    │   ├── WeightsBroken     a file is truncated, or does not hold what its header says
+    │   └── WeightsMismatch   whole files, but of another model
+    └── NoRoom                the machine has too little of something
+        ├── DoesNotFit        the plan needs more memory than the budget, so nothing was begun
+        ├── OutOfMemory       memory ran out although the plan said that it fits
+        └── DiskFull          the disk has too little free space for what would be written
 
 `message` says what happened, with both numbers where there are two; `hint` says what to do about
 it. `code` is stable and meant for programs. Nothing here knows about exit codes or HTTP: the edges
-map the two branches (and a test holds that every leaf is mapped).
+map the three branches (and a test holds that every leaf is mapped).
 """
 
 from __future__ import annotations
@@ -98,3 +102,27 @@ class WeightsMismatch(WeightsError):
     """The files are whole but belong to another model than the one asked for."""
 
     code = "weights_mismatch"
+
+
+class NoRoom(WanfitError):
+    """This machine, or the budget given, has too little memory or disk for what was asked."""
+
+    code = "no_room"
+
+
+class DoesNotFit(NoRoom):
+    """The plan needs more than the budget; the hint names the nearest things that would fit."""
+
+    code = "does_not_fit"
+
+
+class OutOfMemory(NoRoom):
+    """Memory ran out in spite of the plan; the message says what was held."""
+
+    code = "out_of_memory"
+
+
+class DiskFull(NoRoom):
+    """Too little free disk, found before or while writing; nothing half-written is left."""
+
+    code = "disk_full"

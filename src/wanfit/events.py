@@ -4,8 +4,8 @@ The pipeline is a generator of these. Progress, cancellation, metering and writi
 whoever drives it: the pipeline knows neither a terminal nor a file. Nothing here imports torch.
 
 For one clip the order is: StageBegan, then its StepDone (if it counts steps), for each of the
-stages in the order of `Stage`; FramesReady only while "decode" runs; Notice at any time. "image"
-is left out when there is no image.
+stages in the order of `Stage`; FramesReady only while "decode" runs; WeightsMoved at the end of
+"text" and "denoise"; Notice at any time. "image" is left out when there is no image.
 
 Dims: F pixel frames, H W pixel rows and columns.
 """
@@ -53,4 +53,17 @@ class Notice:
     message: str
 
 
-Event = StageBegan | StepDone | FramesReady | Notice
+@dataclass(frozen=True, slots=True)
+class WeightsMoved:
+    """How the weights of a stage came to the device; the last event of a stage that has any."""
+
+    stage: Stage
+    forwards: int  # passes through a whole network
+    waited_s: float  # that computing stood still for weights, all forwards together
+    streamed_bytes: int  # that went through slots
+    resident_bytes: int  # that stayed on the device
+    registered_bytes: int  # of mapped files, held by CUDA when the stage ended
+    first_ready_s: float | None  # time.perf_counter() when the first unit was on the device
+
+
+Event = StageBegan | StepDone | FramesReady | Notice | WeightsMoved

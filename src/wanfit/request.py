@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from wanfit.errors import BadImage, BadOption
 from wanfit.geometry import geometry_of, size_for_image
@@ -41,10 +41,25 @@ ALIASES: Mapping[str, str] = {
 
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX*]\s*(\d{1,6})\s*")
 
+
+def _flag(given: object) -> object:
+    """The official spellings of true and false; anything else is for pydantic to judge.
+
+    official: wan/utils/utils.py, str2bool.
+    """
+    if not isinstance(given, str):
+        return given
+    word = given.strip().lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    return False if word in ("no", "false", "f", "n", "0") else given
+
+
 # Which counts are legal is for geometry.py to say; this bound keeps absurd ones out of messages.
 Count = Annotated[int | None, Field(ge=-(10**9), le=10**9)]
 Guidance = Annotated[float | None, Field(ge=0, le=100)]
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+Flag = Annotated[bool | None, BeforeValidator(_flag)]
 T = TypeVar("T")
 
 
@@ -65,6 +80,11 @@ class VideoRequest(BaseModel):
     guidance_low: Guidance = None
     solver: Solver | None = None
     seed: Annotated[int | None, Field(ge=-1, lt=SEED_LIMIT)] = None  # None, -1: drawn at random
+    # Memory flags of the official scripts: hints to the planner, which says what it made of them.
+    offload_model: Flag = None
+    t5_cpu: Flag = None
+    convert_model_dtype: Flag = None
+    init_on_cpu: Flag = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +120,21 @@ class VideoRequest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFlags:
+    """What was said with the official scripts' memory flags; None: nothing."""
+
+    offload_model: bool | None = None
+    t5_cpu: bool | None = None
+    convert_model_dtype: bool | None = None
+    init_on_cpu: bool | None = None
+
+    def given(self) -> dict[str, bool]:
+        """Those that were said, by name."""
+        named = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedRequest:
     """A request with every default filled in; its size and frame count are legal for `spec`."""
 
@@ -116,10 +151,15 @@ class ResolvedRequest:
     guidance_low: float
     solver: Solver
     seed: int
+    memory_flags: MemoryFlags = MemoryFlags()
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for reports and file metadata; the model by its name."""
-        fields = {name: getattr(self, name) for name in self.__slots__ if name != "spec"}
+        """Plain values for reports and file metadata; the model by its name.
+
+        Without the memory flags: they change no frame, and the plan's notes tell of them.
+        """
+        left_out = ("spec", "memory_flags")
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in left_out}
         return {"model": self.spec.name, **fields}
 
 
@@ -162,6 +202,12 @@ def resolve(
         guidance_low=_given(request.guidance_low, defaults.guidance_low),
         solver=_given(request.solver, defaults.solver),
         seed=secrets.randbelow(SEED_LIMIT) if seed is None or seed < 0 else seed,
+        memory_flags=MemoryFlags(
+            offload_model=request.offload_model,
+            t5_cpu=request.t5_cpu,
+            convert_model_dtype=request.convert_model_dtype,
+            init_on_cpu=request.init_on_cpu,
+        ),
     )
 
 

@@ -1,27 +1,36 @@
-"""The whole story of one clip: request, checks, generation, file, report.
+"""The whole story of one clip: request, checks, plan, generation, file, report.
 
 Whatever can be refused is refused first, in milliseconds: the request, the image, the place to
-write, the absence of weights. Only then is torch imported and the first weight read. The pipeline
-is a generator of events; this module drives it, so progress, cancelling (any exception raised by
-`on_event`, or a signal) and measuring need nothing from the engine.
-Left out: planning memory, queues, downloads; later issues bring them.
+write, the absence of weights, a machine that is too small. Only then is torch imported and the
+first weight read. The pipeline is a generator of events; this module drives it, so progress,
+cancelling (any exception raised by `on_event`, or a signal) and measuring need nothing from the
+engine. Left out: queues, downloads; later issues bring them.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import re
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from wanfit.errors import BadOption, WeightsMissing
-from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone
+from wanfit.errors import BadOption, DoesNotFit, OutOfMemory, WeightsMissing
+from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone, WeightsMoved
 from wanfit.media import ContactSheet, Output, VideoWriter, check_output, check_sheet, read_image
+from wanfit.plan.amounts import parse_bytes, show_bytes
+from wanfit.plan.bytes import CUDA_CONTEXT_BYTES
+from wanfit.plan.machine import Machine, read_machine
+from wanfit.plan.plan import Plan, Precision
+from wanfit.plan.planner import make_plan
+from wanfit.plan.rates import measure_disk, remember_rates
+from wanfit.report import Report, Started
 from wanfit.request import ResolvedRequest, VideoRequest, resolve
 from wanfit.specs import DEMO, ModelSpec, spec_named
 
@@ -29,59 +38,33 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from wanfit.engine.meter import Meter, StageUse
+    from wanfit.engine.meter import Meter
+    from wanfit.engine.weights.depot import Depot
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"  # ships in the package; model_index.json is in it
 DEFAULT_DIRECTORY = Path("outputs")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp8")
+MODEL_INDEXES = ("model_index.json", "wanfit.json")  # of a diffusers directory, of our store
+# torch's allocator then grows and shrinks its blocks; figures in benchmarks/RESULTS.md.
+ALLOCATOR_VARIABLE, ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+TIGHTER = 0.85  # ours: of the budget, for the one retry after memory ran out
+LARGE_FILE_BYTES = 1 << 30  # ours: a smaller one is in no disk's steady state
 SLUG_CHARS = 48  # ours: a file name that still fits a line
 
 OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What was made, with which settings, and what it cost."""
-
-    output: Path
-    output_bytes: int  # of the file, or of all PNG frames together
-    contact_sheet: Path | None
-    num_frames: int
-    settings: dict[str, Any]  # ResolvedRequest.describe()
-    weights: Path
-    device: str
-    precision: str
-    stages: tuple[StageUse, ...]
-    total_s: float  # from the call to the file on disk, importing torch included
-    first_step_s: float | None  # from the call to the end of the first denoising step
-    write_s: float  # of the decode stage, spent encoding and writing the file
-    notices: tuple[str, ...]
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON; every measured key ends in its unit."""
-        fields = asdict(self)
-        fields["output"] = str(self.output)
-        fields["weights"] = str(self.weights)
-        fields["contact_sheet"] = str(self.contact_sheet) if self.contact_sheet else None
-        for name in ("total_s", "first_step_s", "write_s"):
-            fields[name] = _milliseconds(fields[name])
-        for stage in fields["stages"]:
-            stage["elapsed_s"] = _milliseconds(stage["elapsed_s"])
-        return fields
-
-
-@dataclass(frozen=True, slots=True)
 class _Order:
-    """Everything about one clip that was checked without torch."""
+    """Everything about one clip that was checked and planned without torch."""
 
-    request: ResolvedRequest
+    plan: Plan
     image: Image.Image | None
     output: Output
     sheet: Path | None
     device: str
-    precision: str
     weights: Path
+    replan: Callable[[int | None, str], Plan]  # for a VRAM budget and a device
 
 
 def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag would hide them
@@ -92,9 +75,12 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     weights: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    vram: str | int | None = None,
+    ram: str | int | None = None,
     spec: ModelSpec | None = None,
     on_event: OnEvent | None = None,
     contact_sheet: bool | str | Path = False,
+    depot: Depot | None = None,
     **options: Any,
 ) -> Report:
     """Makes one clip and writes it to `output`.
@@ -102,16 +88,19 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     prompt: what to show; or a whole VideoRequest, which then excludes `options`.
     output: a .mp4, .gif or .npy file, or a directory for PNG frames; None: a new file in outputs/.
     image: the first frame, for models that take one: a path, the bytes of a file, or a picture.
-    weights: a model directory in diffusers layout; None: the one that ships with the package.
+    weights: a model directory in diffusers layout or a store; None: the one in the package.
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
-    precision: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on the CPU).
+    precision: "fp32", "bf16", "fp8" or "auto" (bf16 on CUDA, fp32 on the CPU, fp8 if stored so).
+    vram, ram: the most bytes to hold, as a number or as "12GiB"; None: nearly all that is free.
     spec: stands for the model named in the request, for one that `specs.MODELS` does not list.
     on_event: called with every event as it comes; what it raises ends the generation.
     contact_sheet: a PNG of eight frames: True puts it beside the clip, a path puts it there.
+    depot: what a warm process keeps of weight files between clips; None: nothing is kept.
     options: the fields of VideoRequest and their aliases (model, size, frames, steps, seed, ...).
 
-    Raises BadRequest before torch is imported (but for a CUDA device that is not there),
-    WeightsError before the first step. Whatever is raised, no partial file is left.
+    Raises BadRequest or DoesNotFit before torch is imported (but for a CUDA device that torch does
+    not see), WeightsError before the first step, OutOfMemory when a tighter plan failed too.
+    Whatever is raised, no partial file is left.
     """
     began_s = time.perf_counter()
     request = _request(prompt, options)
@@ -119,16 +108,42 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
+    device = _known_device(device)
+    directory = _weights_directory(spec, weights)
+    stored, wanted = _stored_precision(directory), _known_precision(precision)
+    if wanted == "fp8" != stored:
+        raise BadOption(
+            f"precision is fp8, and the weights in {str(directory)!r} are not",
+            hint="wanfit convert --precision fp8 makes a store of them that is",
+        )
+    machine = read_machine(weights=directory)
+    ram_bytes = _budget(ram, "ram")
+
+    def plan_within(vram_bytes: int | None, device: str) -> Plan:
+        return make_plan(
+            resolved,
+            machine,
+            with_image=picture is not None,
+            weights_precision=stored,
+            precision=wanted,
+            vram_budget_bytes=vram_bytes,
+            ram_budget_bytes=ram_bytes,
+            device=cast("Literal['auto', 'cpu', 'cuda']", device.partition(":")[0]),
+        )
+
     order = _Order(
-        request=resolved,
+        plan=plan_within(_budget(vram, "vram"), device),
         image=picture,
         output=place,
         sheet=_sheet_path(contact_sheet, place),
-        device=_known_device(device),
-        precision=_known_precision(precision),
-        weights=_weights_directory(spec, weights),
+        device=device,
+        weights=directory,
+        replan=plan_within,
     )
-    return _run(order, on_event, began_s)
+    report = _run(order, on_event, depot, began_s)
+    if report.plan.device == "cuda":
+        _learn_rates(machine, directory)
+    return report
 
 
 def default_output(request: ResolvedRequest, directory: Path = DEFAULT_DIRECTORY) -> Path:
@@ -169,13 +184,13 @@ def _sheet_path(contact_sheet: bool | str | Path, output: Output) -> Path | None
 def _weights_directory(spec: ModelSpec, weights: str | Path | None) -> Path:
     """A directory that has a model_index.json; what it holds is the engine's to check."""
     directory = weights_here(spec) if weights is None else Path(weights)
-    hint = "Give a model directory in diffusers layout (--weights DIR)"
+    hint = "Give a store, or a model directory in diffusers layout (--weights DIR)"
     if directory is None:
         raise WeightsMissing(f"The weights of {spec.name} are not here", hint=hint)
     if not directory.is_dir():
         raise WeightsMissing(f"There is no weights directory {str(directory)!r}", hint=hint)
-    if not (directory / "model_index.json").is_file():
-        raise WeightsMissing(f"{str(directory)!r} has no model_index.json", hint=hint)
+    if not any((directory / index).is_file() for index in MODEL_INDEXES):
+        raise WeightsMissing(f"{str(directory)!r} has no {' or '.join(MODEL_INDEXES)}", hint=hint)
     return directory
 
 
@@ -185,33 +200,127 @@ def _known_device(device: str) -> str:
     return device
 
 
-def _known_precision(precision: str) -> str:
+def _known_precision(precision: str) -> Precision | Literal["auto"]:
     if precision not in PRECISIONS:
         raise BadOption(f"precision is {precision!r}, not one of {', '.join(PRECISIONS)}")
-    return precision
+    return cast("Precision | Literal['auto']", precision)
 
 
-def _run(order: _Order, on_event: OnEvent | None, began_s: float) -> Report:
-    """Generates and writes a checked order. From here on torch is imported."""
+def _budget(amount: str | int | None, option: str) -> int | None:
+    return parse_bytes(amount, option=option) if isinstance(amount, str) else amount
+
+
+def _stored_precision(directory: Path) -> Precision | None:
+    """That of a store; None for a directory in diffusers layout, or an index that says nothing."""
+    try:
+        index = json.loads((directory / "wanfit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # the engine opens the directory next, and says what is wrong with it
+    precision = index.get("precision") if isinstance(index, dict) else None
+    return precision if precision in PRECISIONS[1:] else None
+
+
+def _run(order: _Order, on_event: OnEvent | None, depot: Depot | None, began_s: float) -> Report:
+    """Generates and writes a checked order, once more with less memory if it ran out."""
+    os.environ.setdefault(ALLOCATOR_VARIABLE, ALLOCATOR)
+    from wanfit.engine import device as devices
+
+    plan = order.plan
+    if order.device == "auto" and plan.device == "cuda" and not devices.sees_cuda():
+        plan = order.replan(None, "cpu")
+        _tell(on_event, "This torch has no CUDA, so the GPU that is here is not used")
+    device = devices.torch_device(plan.device if order.device == "auto" else order.device)
+    held = depot or _new_depot(device)
+    try:
+        for retried in (False, True):
+            try:
+                return _attempt(order, plan, held, on_event, began_s, retried=retried)
+            except Exception as error:
+                if not devices.is_out_of_memory(error):
+                    raise
+                wrong = devices.what_is_held(device, held)
+            # Out of the handler, the traceback and all that its frames held are gone.
+            held.release()
+            devices.empty_cache(device)
+            if not retried:
+                plan = _tighter(order, wrong)
+                _tell(on_event, f"Memory ran out ({wrong}); trying again within less")
+        raise _out_of_memory(plan, wrong)
+    finally:
+        if depot is None:
+            held.release()
+        devices.empty_cache(device)
+
+
+def _learn_rates(machine: Machine, directory: Path) -> None:
+    """Measures what the planner had to assume of this machine, once: about a second in all."""
+    from wanfit.engine.device import measure_link
+
+    if machine.gpu_uuid is not None and machine.link_source != "measured":
+        remember_rates(gpu_uuid=machine.gpu_uuid, link_bytes_per_s=measure_link())
+    if machine.disk_source == "assumed":
+        largest = max(directory.rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+        if largest.stat().st_size >= LARGE_FILE_BYTES:
+            remember_rates(place=directory, disk_bytes_per_s=measure_disk(largest))
+
+
+def _tell(on_event: OnEvent | None, message: str) -> None:
+    if on_event:
+        on_event(Notice(message))
+
+
+def _new_depot(device: torch.device) -> Depot:
+    from wanfit.engine.weights.depot import Depot
+
+    return Depot(device)
+
+
+def _tighter(order: _Order, wrong: str) -> Plan:
+    budget_bytes = int(order.plan.vram_budget_bytes * TIGHTER)
+    try:
+        return order.replan(budget_bytes, order.plan.device)
+    except DoesNotFit:
+        raise _out_of_memory(order.plan, wrong) from None
+
+
+def _out_of_memory(plan: Plan, wrong: str) -> OutOfMemory:
+    return OutOfMemory(
+        f"Memory ran out, though {show_bytes(plan.device_peak_bytes)} were planned of"
+        f" {show_bytes(plan.vram_budget_bytes)}; held then: {wrong}",
+        hint="Another program may have taken GPU memory; give a lower --vram",
+    )
+
+
+def _attempt(
+    order: _Order,
+    plan: Plan,
+    depot: Depot,
+    on_event: OnEvent | None,
+    began_s: float,
+    *,
+    retried: bool,
+) -> Report:
     import torch
 
-    from wanfit.engine.meter import Meter
+    from wanfit.engine.device import device_name, limit_memory
+    from wanfit.engine.meter import Meter, process_age_s
     from wanfit.engine.pipeline import generate_frames
-    from wanfit.engine.weights.directory import open_directory
+    from wanfit.engine.weights.open import open_model
 
-    request = order.request
-    device = _torch_device(order.device)
-    precision = order.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = open_directory(order.weights, request.spec)
+    request, device = plan.request, depot.device
+    age_s = process_age_s() - (time.perf_counter() - began_s)  # of the process, at the call
+    limit_memory(device, plan.vram_budget_bytes - CUDA_CONTEXT_BYTES)
+    files = open_model(order.weights, request.spec)
 
     settings = request.describe()
-    tags = {**settings, "precision": precision, "wanfit": version()}
-    tally = _Tally(began_s, Meter(device), ContactSheet(request.num_frames))
-    events = generate_frames(request, weights, order.image, device, dtype)
-    with VideoWriter(order.output, fps=request.fps, metadata=tags) as writer, closing(events):
+    tags = {**settings, "precision": plan.precision, "wanfit": version()}
+    tally = _Tally(Meter(device), ContactSheet(request.num_frames))
+    events = generate_frames(plan, files, order.image, depot)
+    with (
+        depot.use(files),
+        VideoWriter(order.output, fps=request.fps, metadata=tags) as writer,
+        closing(events),
+    ):
         for event in events:
             tally.take(event, writer)
             if on_event:
@@ -219,6 +328,10 @@ def _run(order: _Order, on_event: OnEvent | None, began_s: float) -> Report:
         assert tally.num_frames == request.num_frames, (tally.num_frames, request.num_frames)
     if order.sheet:
         tally.sheet.write(order.sheet)
+
+    def since_start(moment_s: float | None) -> float | None:
+        return None if moment_s is None else age_s + moment_s - began_s
+
     return Report(
         output=order.output.path,
         output_bytes=_size_bytes(order.output.path),
@@ -226,13 +339,21 @@ def _run(order: _Order, on_event: OnEvent | None, began_s: float) -> Report:
         num_frames=tally.num_frames,
         settings=settings,
         weights=order.weights,
-        device=_device_name(device),
-        precision=precision,
+        device=device_name(device),
+        precision=plan.precision,
         stages=tally.meter.finish(),
+        plan=plan,
+        weights_moved=tuple(tally.moved),
+        retried=retried,
         total_s=time.perf_counter() - began_s,
-        first_step_s=tally.first_step_s,
+        first_step_s=tally.first_step_s and tally.first_step_s - began_s,
+        started=Started(
+            call_s=age_s,
+            first_block_ready_s=since_start(tally.first_block_ready_s),
+            denoising_s=since_start(tally.denoising_s),
+        ),
         write_s=writer.busy_s,
-        notices=tuple(tally.notices),
+        notices=(*tally.notices, *depot.notices),
         versions={
             "wanfit": version(),
             "torch": str(torch.__version__),
@@ -242,52 +363,37 @@ def _run(order: _Order, on_event: OnEvent | None, began_s: float) -> Report:
 
 
 class _Tally:
-    """What adds up while the events of one clip go by."""
+    """What adds up while the events of one clip go by; moments are of time.perf_counter()."""
 
-    def __init__(self, began_s: float, meter: Meter, sheet: ContactSheet) -> None:
+    def __init__(self, meter: Meter, sheet: ContactSheet) -> None:
         self.meter = meter
         self.sheet = sheet
         self.num_frames = 0
-        self.first_step_s: float | None = None
+        self.moved: list[WeightsMoved] = []
         self.notices: list[str] = []
-        self._began_s = began_s
+        self.denoising_s: float | None = None
+        self.first_step_s: float | None = None
+
+    @property
+    def first_block_ready_s(self) -> float | None:
+        return next((moved.first_ready_s for moved in self.moved if moved.stage == "denoise"), None)
 
     def take(self, event: Event, writer: VideoWriter) -> None:
         match event:
             case StageBegan(stage=stage):
                 self.meter.begin(stage)
+                if stage == "denoise":
+                    self.denoising_s = time.perf_counter()
             case StepDone(stage="denoise", step=1):
-                self.first_step_s = time.perf_counter() - self._began_s
+                self.first_step_s = time.perf_counter()
             case FramesReady(frames=frames):
                 writer.write(frames)
                 self.sheet.add(frames)
                 self.num_frames += len(frames)
+            case WeightsMoved():
+                self.moved.append(event)
             case Notice(message=message):
                 self.notices.append(message)
-
-
-def _torch_device(device: str) -> torch.device:
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cpu":
-        return chosen
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = chosen.index or 0
-    if index >= count:
-        raise BadOption(
-            f"device is {device!r}, and torch {torch.__version__} sees {count} CUDA devices",
-            hint="Use --device cpu, or install a CUDA build of torch and its driver",
-        )
-    return torch.device("cuda", index)
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
 
 
 def version() -> str:
@@ -301,7 +407,3 @@ def version() -> str:
 def _size_bytes(path: Path) -> int:
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(file.stat().st_size for file in files)
-
-
-def _milliseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.engine.tiny_models import (
     TINY_I2V,
@@ -19,8 +20,9 @@ from tests.engine.tiny_models import (
     relative_error,
 )
 from wanfit.engine.condition import Condition
-from wanfit.engine.denoise import TextPair, denoise, draw_noise, expert_at, needs_uncond
-from wanfit.engine.models.dit import Dit
+from wanfit.engine.denoise import TextPair, denoise, draw_noise, expert_at, phases, route
+from wanfit.engine.models.dit import Dit, Moment
+from wanfit.engine.models.dit_rows import Workspace
 from wanfit.engine.schedule import make_schedule
 from wanfit.events import StepDone
 from wanfit.geometry import geometry_of
@@ -68,12 +70,34 @@ def test_noise_is_the_cpu_generator_s_in_channels_frames_rows_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("high", "low", "needed"), [(1.0, 1.0, False), (1.0, 2.0, True), (0.0, 1.0, True)]
+    ("high", "low", "passes"), [(1.0, 1.0, [1, 1]), (1.0, 2.0, [1, 2]), (0.0, 1.0, [2, 1])]
 )
-def test_uncond_is_left_out_only_when_no_expert_is_guided(
-    high: float, low: float, needed: bool
+def test_uncond_is_left_out_of_the_phase_of_an_expert_that_is_not_guided(
+    high: float, low: float, passes: list[int]
 ) -> None:
-    assert needs_uncond(_request(TINY_T2V, guidance_high=high, guidance_low=low)) is needed
+    found = phases(_request(TINY_T2V, guidance_high=high, guidance_low=low))
+    assert [phase.passes for phase in found] == passes
+    assert [phase.expert for phase in found] == ["high_noise", "low_noise"]
+
+
+@torch.inference_mode()
+def test_units_are_asked_for_along_the_route() -> None:
+    """What the streamer prefetches is what comes, in that order, also across the experts."""
+    request = _request(TINY_T2V, guidance_low=1.0)
+    dits = _dits(TINY_T2V)
+    asked: list[tuple[str, str]] = []
+    for expert, dit in dits.items():
+        names = {module: name for name, module in dit.named_modules()}
+
+        def present(
+            part: nn.Module, expert: Expert = expert, names: dict[nn.Module, str] = names
+        ) -> AbstractContextManager[None]:
+            asked.append((expert, names[part]))
+            return nullcontext()
+
+        dit.present = present
+    _denoised(request, _noise(request), dits)
+    assert asked == list(route(request))
 
 
 @torch.inference_mode()
@@ -104,31 +128,36 @@ def test_guidance_of_one_needs_no_uncond_and_gives_the_same() -> None:
 
 
 @torch.inference_mode()
-def test_a_given_first_frame_stays_and_is_seen_at_time_zero() -> None:
+def test_a_given_first_frame_stays_and_is_seen_at_time_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is exact at the end, and what the network sees is that frame, clean, at every step."""
     request = _request(TINY_TI2V, solver="unipc")
     given = random_tensor(1, 4, 1, 4, 8, seed=5)
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Moment]] = []
     dits = _dits(TINY_TI2V)
-    dits["high_noise"].register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    dit = dits["high_noise"]
+    clean = dit.embed_times(torch.zeros(1, 1))
+    _watch(dit, lambda latents, moment: seen.append((latents, moment)), monkeypatch)
     latents = _denoised(request, _noise(request), dits, condition=Condition(first_frame=given))
     assert torch.equal(latents[:, :, :1], given)
     assert len(seen) == 2 * request.num_inference_steps
-    for x, timestep in seen:
+    for x, moment in seen:
         assert torch.equal(x[:, :, :1], given)
-        assert timestep.shape == (1, 3)
-        assert timestep[0, 0] == 0
-        assert timestep[0, 1] == timestep[0, 2] > 0
+        assert moment.modulation.shape[1] == 3
+        assert torch.allclose(moment.modulation[:, 0], clean.modulation[:, 0], atol=1e-6)
+        assert torch.equal(moment.modulation[:, 1], moment.modulation[:, 2])
+        assert not torch.allclose(moment.modulation[:, 1], clean.modulation[:, 0], atol=1e-3)
 
 
 @torch.inference_mode()
-def test_image_channels_are_joined_behind_the_noise() -> None:
+def test_image_channels_are_joined_behind_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     request = _request(TINY_I2V)
     channels = random_tensor(1, 8, 3, 4, 8, seed=6)
     seen: list[Tensor] = []
     dits = _dits(TINY_I2V)
     for dit in dits.values():
-        dit.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        _watch(dit, lambda latents, moment: seen.append(latents), monkeypatch)
     noise = _noise(request)
     _denoised(request, noise, dits, condition=Condition(channels=channels))
     assert torch.equal(seen[0][:, :4], noise)
@@ -136,30 +165,10 @@ def test_image_channels_are_joined_behind_the_noise() -> None:
 
 
 @torch.inference_mode()
-def test_one_expert_is_let_go_before_the_next_is_loaded() -> None:
-    """Each is loaded once, and at no time are two alive: an expert fills a card."""
-    request = _request(TINY_T2V)
-    alive: list[weakref.ref[Dit]] = []
-    loaded: list[Expert] = []
-
-    def load(expert: Expert) -> Dit:
-        assert all(reference() is None for reference in alive)
-        dit = randomise(Dit(TINY_T2V.dit), seed=1)
-        alive.append(weakref.ref(dit))
-        loaded.append(expert)
-        return dit
-
-    for _ in denoise(request, _noise(request), TEXT, Condition(), load):
-        pass
-    assert loaded == ["high_noise", "low_noise"]
-    assert all(reference() is None for reference in alive)
-
-
-@torch.inference_mode()
 def test_every_step_is_told() -> None:
     request = _request(TINY_TI2V)
     dits = _dits(TINY_TI2V)
-    steps = list(denoise(request, _noise(request), TEXT, Condition(), dits.__getitem__))
+    steps = list(denoise(request, _noise(request), TEXT, Condition(), dits, _work(request)))
     assert steps == [StepDone("denoise", i, 6) for i in range(1, 7)]
 
 
@@ -170,6 +179,27 @@ def _request(spec: ModelSpec, solver: Solver = "unipc", **guidance: Any) -> Reso
     )  # fmt: skip
     image_size = (64, 32) if spec.needs_image else None
     return resolve(request, spec, image_size=image_size)
+
+
+def _work(request: ResolvedRequest) -> Workspace:
+    dit = request.spec.dit
+    geometry = geometry_of(request.spec, request.width, request.height, request.num_frames)
+    return Workspace(
+        dit, geometry.num_tokens, dtype=torch.float32, device=torch.device("cpu"), rows=16, heads=1
+    )
+
+
+def _watch(
+    dit: Dit, tell: Callable[[Tensor, Moment], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tells what each forward sees."""
+    real = dit.velocity
+
+    def velocity(latents: Tensor, moment: Moment, text: Tensor, work: Workspace) -> Tensor:
+        tell(latents, moment)
+        return real(latents, moment, text, work)
+
+    monkeypatch.setattr(dit, "velocity", velocity)
 
 
 def _noise(request: ResolvedRequest) -> Tensor:
@@ -189,7 +219,7 @@ def _denoised(
     condition: Condition = Condition(),  # noqa: B008  frozen and empty
 ) -> Tensor:
     """What the generator returns when it is done."""
-    steps = denoise(request, noise, text, condition, dits.__getitem__)
+    steps = denoise(request, noise, text, condition, dits, _work(request))
     while True:
         try:
             next(steps)

@@ -32,12 +32,8 @@ from wanfit.engine.weights.configs import (
     umt5_config,
     vae_config,
 )
-from wanfit.engine.weights.directory import (
-    AnyNetwork,
-    file_tensors,
-    open_directory,
-    write_directory,
-)
+from wanfit.engine.weights.directory import file_tensors, open_directory, write_directory
+from wanfit.engine.weights.networks import AnyNetwork
 from wanfit.errors import BadOutput, WeightsBroken, WeightsMismatch, WeightsMissing
 from wanfit.specs import I2V_A14B, MODELS, T2V_A14B, TI2V_5B, Expert, ModelSpec
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.engine.tiny_models import (
     random_tensor,
@@ -16,6 +20,14 @@ from tests.engine.tiny_models import (
     tiny_dit,
 )
 from wanfit.engine.models.dit import Dit
+from wanfit.engine.models.dit_rows import (
+    EAGER,
+    RowKernels,
+    Workspace,
+    compiled_kernels,
+    row_spans,
+)
+from wanfit.engine.ops.linear import Linear, quantise
 from wanfit.specs import DitSpec
 
 SPECS = {
@@ -90,6 +102,100 @@ def test_a_text_bias_lets_one_row_stand_for_many() -> None:
             relative_error(dit(latents, timestep, short, bias), dit(latents, timestep, padded))
             < 1e-5
         )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 1000])
+@pytest.mark.parametrize("per_frame", [False, True], ids=["one time", "a time per frame"])
+def test_little_memory_gives_what_whole_tensors_give(rows: int, per_frame: bool) -> None:
+    """`velocity` against `forward`, however rows and heads are cut."""
+    dit = randomise(Dit(tiny_dit(heads=4)), seed=6)
+    latents, text = (x[:1] for x in _inputs(dit.spec, (3, 4, 6)))
+    timestep = torch.tensor([[0.0, 640.0, 640.0]]) if per_frame else torch.tensor([[640.0]])
+    with torch.inference_mode():
+        expected = dit(latents, timestep, text)
+        moment, texts = dit.embed_times(timestep), dit.embed_texts([text])
+        for heads in (1, 2, 4):
+            work = _work(dit, latents, rows=rows, heads=heads)
+            velocity = dit.velocity(latents, moment, texts[0], work)
+            assert relative_error(velocity, expected) < 1e-6
+            # The buffers are used again for the next forward, and hold nothing back.
+            assert torch.equal(dit.velocity(latents, moment, texts[0], work), velocity)
+
+
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 100))
+def test_spans_cover_every_token_once(num_groups: int, per_group: int, rows: int) -> None:
+    """None is longer than asked, and each is in one group or made of whole ones."""
+    num_tokens = num_groups * per_group
+    covered: list[int] = []
+    for span in row_spans(num_tokens, num_groups, rows):
+        tokens = range(num_tokens)[span.tokens]
+        groups = range(num_groups)[span.groups]
+        covered += tokens
+        assert 0 < len(tokens) <= rows
+        assert len(groups) == span.num_groups
+        assert {token // per_group for token in tokens} == set(groups)
+        assert span.num_groups == 1 or len(tokens) == span.num_groups * per_group
+    assert covered == list(range(num_tokens))
+
+
+def test_fp8_weights_cost_little_and_are_used_as_they_are() -> None:
+    """Against the same network with the weights that fp8 and scales stand for: rounding alone.
+
+    And the signal-to-noise ratio of a weight is that of e4m3's 3 bits of mantissa: above 30 dB.
+    """
+    dit, widened = (randomise(Dit(tiny_dit()), seed=7) for _ in range(2))
+    for block, exact in zip(dit.blocks, widened.blocks, strict=True):
+        for name, layer in block.named_modules():
+            if isinstance(layer, Linear):
+                weight, scale = quantise(layer.weight)
+                back = weight.float() * scale
+                noise = (back - layer.weight).square().mean()
+                assert 10 * torch.log10(layer.weight.square().mean() / noise) > 30
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+                layer.scale = nn.Parameter(scale, requires_grad=False)
+                twin = exact.get_submodule(name)
+                assert isinstance(twin, Linear)
+                twin.weight.copy_(back)
+    latents, text = (x[:1] for x in _inputs(dit.spec, (3, 4, 6)))
+    with torch.inference_mode():
+        expected = widened(latents, torch.tensor([500.0]), text)
+        assert relative_error(dit(latents, torch.tensor([500.0]), text), expected) < 1e-6
+        moment, texts = dit.embed_times(torch.tensor([[500.0]])), dit.embed_texts([text])
+        work = _work(dit, latents, rows=10, heads=1)
+        assert relative_error(dit.velocity(latents, moment, texts[0], work), expected) < 1e-6
+
+
+def test_each_row_function_is_compiled_once_for_all_blocks_and_networks() -> None:
+    """Two networks of three blocks: four compilations, and the result of the eager functions.
+
+    The compiler's own back end needs a C++ compiler; how often it is called does not.
+    """
+    counter = CompileCounter()
+    kernels = compiled_kernels(backend=counter)
+    for seed in (8, 9):
+        dit = randomise(Dit(tiny_dit()), seed=seed)
+        latents, text = (x[:1] for x in _inputs(dit.spec, (2, 4, 6)))
+        with torch.inference_mode():
+            moment, texts = dit.embed_times(torch.tensor([[500.0]])), dit.embed_texts([text])
+            expected = dit.velocity(latents, moment, texts[0], _work(dit, latents, 6, 2))
+            work = _work(dit, latents, 6, 2, kernels=kernels)
+            assert relative_error(dit.velocity(latents, moment, texts[0], work), expected) < 1e-6
+    assert counter.frame_count == 4
+
+
+def _work(
+    dit: Dit, latents: Tensor, rows: int, heads: int, kernels: RowKernels = EAGER
+) -> Workspace:
+    num_tokens = latents[0, 0].numel() // math.prod(dit.spec.patch)
+    return Workspace(
+        dit.spec,
+        num_tokens,
+        dtype=torch.float32,
+        device=latents.device,
+        rows=rows,
+        heads=heads,
+        kernels=kernels,
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())

@@ -10,18 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.plans import hand_made_plan
 from tests.engine.tiny_models import TINY_I2V, TINY_T2V, TINY_TI2V, TinyModel, write_tiny
 from wanfit.engine.condition import prepare_image
 from wanfit.engine.decode import to_uint8
-from wanfit.engine.models.dit import Dit
-from wanfit.engine.models.umt5 import Umt5
-from wanfit.engine.models.vae import Vae
 from wanfit.engine.pipeline import generate_frames
-from wanfit.engine.tokenizer import TextTokenizer
-from wanfit.engine.weights.directory import ModelDirectory, open_directory
+from wanfit.engine.weights.depot import Depot
+from wanfit.engine.weights.open import open_model
 from wanfit.events import FramesReady, Notice, StageBegan, StepDone
+from wanfit.plan.plan import Precision
 from wanfit.request import VideoRequest, resolve
-from wanfit.specs import Expert, ModelSpec
+from wanfit.specs import ModelSpec
 
 CPU = torch.device("cpu")
 SIZES = {"tiny-ti2v": (64, 64), "tiny-t2v": (32, 48), "tiny-i2v": (48, 32)}
@@ -122,35 +121,10 @@ def test_a_prompt_beyond_512_tokens_is_cut_and_said_so(models: dict[str, TinyMod
     assert notices == [Notice("The model reads 512 tokens; the last 9 are left out")]
 
 
-def test_each_network_is_asked_for_in_its_stage_and_dtype(models: dict[str, TinyModel]) -> None:
-    """The VAE in fp32 beside a bf16 transformer; the second expert only when its steps begin."""
-    model = models["tiny-i2v"]
-    asked: list[tuple[str, torch.dtype]] = []
-    weights = _Recording(open_directory(model.path, model.spec), asked)
-    request = resolve(_request(model.spec), model.spec, image_size=(48, 32))
-    events = generate_frames(request, weights, _image(48, 32), CPU, torch.bfloat16)
-    by_stage: dict[str, list[tuple[str, torch.dtype]]] = {}
-    stage = "before"
-    for event in events:
-        by_stage.setdefault(stage, []).extend(asked)
-        asked.clear()
-        if isinstance(event, StageBegan):
-            stage = event.stage
-    assert by_stage == {
-        "before": [],
-        "text": [("tokenizer", torch.bfloat16), ("umt5", torch.bfloat16)],
-        "image": [("vae", torch.float32)],
-        "denoise": [("high_noise", torch.bfloat16), ("low_noise", torch.bfloat16)],
-        "decode": [("vae", torch.float32)],
-    }
-
-
 def test_bf16_gives_nearly_the_clip_of_fp32(models: dict[str, TinyModel]) -> None:
     model = models["tiny-t2v"]
-    exact, rounded = (
-        _frames(_events(model, dtype=dtype)).astype(float)
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact = _frames(_events(model, precision="fp32")).astype(float)
+    rounded = _frames(_events(model, precision="bf16")).astype(float)
     assert 0 < np.abs(exact - rounded).mean() < 0.1 * exact.std()
 
 
@@ -162,30 +136,6 @@ def test_levels_are_truncated_and_clamped(value: float, level: int) -> None:
     pixels = to_uint8(torch.full((1, 3, 2, 4, 6), value))
     assert pixels.shape == (2, 4, 6, 3)
     assert set(pixels.flatten().tolist()) == {level}
-
-
-class _Recording:
-    """The real directory, noting what was asked of it: another source of weights."""
-
-    def __init__(self, directory: ModelDirectory, asked: list[tuple[str, torch.dtype]]) -> None:
-        self._directory = directory
-        self._asked = asked
-
-    def tokenizer(self) -> TextTokenizer:
-        self._asked.append(("tokenizer", torch.bfloat16))
-        return self._directory.tokenizer()
-
-    def load_umt5(self, device: torch.device, dtype: torch.dtype) -> Umt5:
-        self._asked.append(("umt5", dtype))
-        return self._directory.load_umt5(device, dtype)
-
-    def load_dit(self, expert: Expert, device: torch.device, dtype: torch.dtype) -> Dit:
-        self._asked.append((expert, dtype))
-        return self._directory.load_dit(expert, device, dtype)
-
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Vae:
-        self._asked.append(("vae", dtype))
-        return self._directory.load_vae(device, dtype)
 
 
 def _request(spec: ModelSpec, **fields: Any) -> VideoRequest:
@@ -206,13 +156,14 @@ def _events(
     model: TinyModel,
     *,
     image: Image.Image | None = None,
-    dtype: torch.dtype = torch.float32,
+    precision: Precision = "fp32",
     **fields: Any,
 ) -> Any:
     request = resolve(
         _request(model.spec, **fields), model.spec, image_size=None if image is None else image.size
     )
-    return generate_frames(request, open_directory(model.path, model.spec), image, CPU, dtype)
+    plan = hand_made_plan(request, where="registered", precision=precision)
+    return generate_frames(plan, open_model(model.path, model.spec), image, Depot(CPU))
 
 
 def _frames(events: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:

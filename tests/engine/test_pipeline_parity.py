@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.plans import hand_made_plan
 from tests.engine.tiny_models import (
     TINY_I2V,
     TINY_T2V,
@@ -27,7 +28,8 @@ from tests.engine.tiny_models import (
 from wanfit.engine.denoise import expert_at
 from wanfit.engine.pipeline import generate_frames
 from wanfit.engine.schedule import make_schedule
-from wanfit.engine.weights.directory import open_directory
+from wanfit.engine.weights.depot import Depot
+from wanfit.engine.weights.open import open_model
 from wanfit.events import FramesReady
 from wanfit.request import ResolvedRequest, VideoRequest, resolve
 from wanfit.specs import ModelSpec
@@ -118,13 +120,9 @@ def _experts(request: ResolvedRequest) -> set[str]:
 def _our_frames(
     model: TinyModel, request: ResolvedRequest, image: Image.Image | None
 ) -> npt.NDArray[np.uint8]:
-    events = generate_frames(
-        request,
-        open_directory(model.path, model.spec),
-        image,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    plan = hand_made_plan(request, where="registered")  # streamed, as on a card
+    depot = Depot(torch.device("cpu"))
+    events = generate_frames(plan, open_model(model.path, model.spec), image, depot)
     return np.concatenate([event.frames for event in events if isinstance(event, FramesReady)])
 
 

@@ -42,14 +42,20 @@ def prepare_image(image: Image.Image, task: Task, width: int, height: int) -> Te
     return _to_tensor(_cover(image, width, height))
 
 
-def condition_on(image: Tensor, task: Task, geometry: Geometry, vae: Vae) -> Condition:
-    """The condition from a prepared image [3, H, W], on the image's device."""
+def condition_on(
+    image: Tensor, task: Task, geometry: Geometry, vae: Vae, tile_px: int | None = None
+) -> Condition:
+    """The condition from a prepared image [3, H, W], on the device of the VAE.
+
+    The image may lie on the host: the clip made of it goes to the device a few frames at a time.
+    tile_px: side of the squares that the encoder sees at a time; None: whole frames.
+    """
     frame = image[None, :, None]  # [1, 3, 1, H, W]
     if task == "ti2v":
-        return Condition(first_frame=vae.encode(frame))
+        return Condition(first_frame=vae.encode(frame, tile_px=tile_px))
     # The frames to come are zeros: mid grey in pixels, not black, and not zero latents.
     clip = F.pad(frame, (0, 0, 0, 0, 0, geometry.num_frames - 1))
-    latents = vae.encode(clip)
+    latents = vae.encode(clip, tile_px=tile_px)
     # One channel for each pixel frame of a latent frame, 1 where the frame is given. The first
     # latent frame stands for one pixel frame, counted four times.
     given = torch.zeros(1, vae.spec.stride_frames, *latents.shape[2:], device=latents.device)

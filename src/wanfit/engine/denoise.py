@@ -8,15 +8,17 @@ Dims: B batch (1), C channels, T latent frames, H W latent sides, S text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wanfit.engine.condition import Condition
-from wanfit.engine.models.dit import Dit
+from wanfit.engine.models.dit import Dit, Moment
+from wanfit.engine.models.dit_rows import Workspace
 from wanfit.engine.schedule import make_schedule, make_solver
+from wanfit.engine.weights.stream import Visit
 from wanfit.events import StepDone
 from wanfit.geometry import Geometry
 from wanfit.request import ResolvedRequest
@@ -28,6 +30,19 @@ class TextPair(NamedTuple):
 
     cond: Tensor
     uncond: Tensor | None  # None when no expert is guided
+
+
+class Phase(NamedTuple):
+    """Steps that one expert takes, one after the other."""
+
+    expert: Expert
+    guidance: float
+    timesteps: tuple[float, ...]
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a step. v_u + 1 (v_c - v_u) is v_c: guidance 1 needs no uncond pass."""
+        return 1 if self.guidance == 1 else 2
 
 
 def draw_noise(geometry: Geometry, seed: int) -> Tensor:
@@ -48,9 +63,27 @@ def guidance_of(request: ResolvedRequest, expert: Expert) -> float:
     return request.guidance_high if expert == "high_noise" else request.guidance_low
 
 
-def needs_uncond(request: ResolvedRequest) -> bool:
-    """False when every expert's guidance is 1: v_u + 1 (v_c - v_u) is v_c, so v_u is not needed."""
-    return any(guidance_of(request, expert) != 1 for expert in request.spec.experts)
+def phases(request: ResolvedRequest) -> list[Phase]:
+    """Who denoises when: one phase for each expert that has a step."""
+    found: list[Phase] = []
+    schedule = make_schedule(request.solver, request.num_inference_steps, request.shift)
+    for timestep in schedule.timesteps:
+        expert = expert_at(request.spec, timestep)
+        if not found or found[-1].expert != expert:
+            found.append(Phase(expert, guidance_of(request, expert), ()))
+        found[-1] = found[-1]._replace(timesteps=(*found[-1].timesteps, timestep))
+    return found
+
+
+def route(request: ResolvedRequest) -> Iterator[Visit]:
+    """The units that `denoise` asks for, in its order: what the streamer prefetches along."""
+    blocks = [f"blocks.{i}" for i in range(request.spec.dit.num_blocks)]
+    for phase in phases(request):
+        for unit in ("text_embed", "time_embed", "time_project"):
+            yield phase.expert, unit
+        for _ in range(len(phase.timesteps) * phase.passes):
+            for block in blocks:
+                yield phase.expert, block
 
 
 def denoise(
@@ -58,60 +91,75 @@ def denoise(
     noise: Tensor,
     text: TextPair,
     condition: Condition,
-    load_dit: Callable[[Expert], Dit],
+    dits: Mapping[Expert, Dit],
+    work: Workspace,
 ) -> Generator[StepDone, None, Tensor]:
     """Yields StepDone after every step and returns the clean latents, fp32 as `noise` is.
 
-    noise: [1, C, T, H, W]. One expert is held at a time: `load_dit` is called when another is due,
-    after the one before was let go. The solver's memory carries over from one to the other.
+    noise: [1, C, T, H, W]. The solver's memory carries over from one expert to the other. What
+    depends on the text or on the time alone is computed once per phase, not once per step.
     """
-    schedule = make_schedule(request.solver, request.num_inference_steps, request.shift)
-    solver = make_solver(request.solver, schedule)
+    solver = make_solver(
+        request.solver, make_schedule(request.solver, request.num_inference_steps, request.shift)
+    )
     latents = _with_first_frame(noise, condition)
-    dit: Dit | None = None
-    loaded: Expert | None = None
-    for step, timestep in enumerate(schedule.timesteps, start=1):
-        expert = expert_at(request.spec, timestep)
-        if dit is None or expert != loaded:
-            dit = None  # before the next is loaded: two would not fit
-            dit, loaded = load_dit(expert), expert
-        velocity = _guided_velocity(
-            dit, latents, timestep, text, condition, guidance_of(request, expert)
-        )
-        # The solver moves the given first frame too; it is put back, clean, before every use.
-        latents = _with_first_frame(solver.step(velocity, latents), condition)
-        yield StepDone("denoise", step, len(schedule.timesteps))
+    step = 0
+    for phase in phases(request):
+        dit = dits[phase.expert]
+        guide = _Guide(dit, phase, text, condition, work, latents.device)
+        for i in range(len(phase.timesteps)):
+            velocity = guide.velocity(latents, i)
+            # The solver moves the given first frame too; it is put back, clean, before every use.
+            latents = _with_first_frame(solver.step(velocity, latents), condition)
+            step += 1
+            yield StepDone("denoise", step, request.num_inference_steps)
     return latents
 
 
-def _guided_velocity(
-    dit: Dit,
-    latents: Tensor,
-    timestep: float,
-    text: TextPair,
-    condition: Condition,
-    guidance: float,
-) -> Tensor:
-    """v_u + guidance (v_c - v_u), fp32 [1, C, T, H, W]; v_c alone when guidance is 1."""
-    x = latents
-    if condition.channels is not None:
-        x = torch.cat([latents, condition.channels], dim=1)
-    times = _times(latents, timestep, condition)
-    cond: Tensor = dit(x, times, text.cond)
-    if guidance == 1:
-        return cond
-    assert text.uncond is not None, "guidance needs the uncond text"
-    uncond: Tensor = dit(x, times, text.uncond)
-    return uncond + guidance * (cond - uncond)
+class _Guide:
+    """One expert with what stays the same during its phase."""
 
+    def __init__(
+        self,
+        dit: Dit,
+        phase: Phase,
+        text: TextPair,
+        condition: Condition,
+        work: Workspace,
+        device: torch.device,
+    ) -> None:
+        self._dit, self._work, self._condition = dit, work, condition
+        self._guidance = phase.guidance
+        texts = [text.cond]
+        if phase.passes > 1:
+            assert text.uncond is not None, "guidance needs the uncond text"
+            texts.append(text.uncond)
+        self._texts = dit.embed_texts(texts)
+        # The last one is that of a frame without noise.
+        self._moments = dit.embed_times(
+            torch.tensor([*phase.timesteps, 0.0], device=device).unsqueeze(1)
+        )
 
-def _times(latents: Tensor, timestep: float, condition: Condition) -> Tensor:
-    """[1], or [1, T] with 0 for a given first frame: it has no noise left."""
-    if condition.first_frame is None:
-        return torch.full((1,), timestep, device=latents.device)
-    times = torch.full((1, latents.shape[2]), timestep, device=latents.device)
-    times[:, 0] = 0
-    return times
+    def velocity(self, latents: Tensor, i: int) -> Tensor:
+        """v_u + guidance (v_c - v_u), fp32 [1, C, T, H, W]; v_c alone when guidance is 1."""
+        x = latents
+        if self._condition.channels is not None:
+            x = torch.cat([latents, self._condition.channels], dim=1)
+        moment = self._moment(i, latents.shape[2])
+        cond, *uncond = (self._dit.velocity(x, moment, text, self._work) for text in self._texts)
+        return uncond[0] + self._guidance * (cond - uncond[0]) if uncond else cond
+
+    def _moment(self, i: int, num_frames: int) -> Moment:
+        """That of step i; with a given first frame one for each latent frame, clean at first."""
+        now = Moment(*(part[i : i + 1] for part in self._moments))
+        if self._condition.first_frame is None:
+            return now
+        return Moment(
+            *(
+                torch.cat([part[-1:], *[part[i : i + 1]] * (num_frames - 1)], dim=1)
+                for part in self._moments
+            )
+        )
 
 
 def _with_first_frame(latents: Tensor, condition: Condition) -> Tensor:

@@ -5,6 +5,8 @@ Dims: S text tokens, D text width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +16,15 @@ from wanfit.engine.tokenizer import TokenizedText
 from wanfit.specs import TEXT_TOKENS
 
 
-def encode_text(umt5: Umt5, text: TokenizedText, device: torch.device) -> Tensor:
-    """[1, S, D] with S = TEXT_TOKENS, in the encoder's dtype; rows after the text are zeros.
+def encode_texts(umt5: Umt5, texts: Sequence[TokenizedText], device: torch.device) -> list[Tensor]:
+    """Each [1, S, D] with S = TEXT_TOKENS, in the encoder's dtype; rows after the text are zeros.
 
     The official code pads the ids, masks the padding in the encoder, and cuts its rows away again:
     the true length alone gives the same rows. The transformer does attend to the zero rows, so
     they are part of the model (official: t5.py and model.py).
     """
-    ids = torch.tensor([text.ids], dtype=torch.int64, device=device)
-    embeddings: Tensor = umt5(ids, torch.ones_like(ids, dtype=torch.bool))
-    return F.pad(embeddings, (0, 0, 0, TEXT_TOKENS - len(text.ids)))
+    ids = [torch.tensor([text.ids], dtype=torch.int64, device=device) for text in texts]
+    return [
+        F.pad(embeddings, (0, 0, 0, TEXT_TOKENS - embeddings.shape[1]))
+        for embeddings in umt5.encode(ids)
+    ]

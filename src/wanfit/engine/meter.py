@@ -17,6 +17,7 @@ What is measured:
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from contextlib import suppress
@@ -98,3 +99,11 @@ def _peak_resident_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024  # the kernel's "kB" are KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def process_age_s() -> float:
+    """Seconds since this process began, by the kernel's clock ticks (10 ms)."""
+    # proc(5), stat: the name in parentheses may hold anything; starttime is field 22
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s

@@ -6,31 +6,54 @@ computed in fp32, as in the official code; what goes through a matrix product ha
 its weight. Where the official code embeds one timestep for every token, we embed one for every
 latent frame (or for the whole clip): the values are the same, and 31 rows do for 27,280 tokens.
 
+There are two ways through the network. `forward` takes whole tensors and can be differentiated.
+`velocity` computes the same in little memory: the residual stream is updated in place, and all but
+attention itself sees only some rows (tokens) at a time. Both are made of the four functions of
+`dit_rows`.
+
 Dims: B batch, C channels, T latent frames, H W latent sides, P tokens per group, G groups of
-tokens that share a timestep (T or 1), L = G P tokens, D width, N heads, K head dim, S text tokens.
+tokens that share a timestep (T or 1), L = G P tokens, R rows (some of L), D width, N heads, K head
+dim, S text tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wanfit.engine.models.dit_rows import (
+    AttendedText,
+    CrossWeights,
+    QkvWeights,
+    Rotary,
+    Workspace,
+    cross_attend,
+    feed_forward,
+    modulate,
+    project_out,
+    project_qkv,
+    row_spans,
+)
+from wanfit.engine.models.present import Present, always_present
 from wanfit.engine.ops.attention import attention
+from wanfit.engine.ops.linear import Linear
 from wanfit.engine.ops.norm import RmsNorm
 from wanfit.specs import DitSpec
 
 ROPE_THETA = 10_000.0  # official: model.py rope_params
 SINUSOID_PERIOD = 10_000.0  # official: model.py sinusoidal_embedding_1d
+WIDENED_ROWS = 4096  # ours: output features at a time of a layer that is widened to fp32
 
 
-class Rotary(NamedTuple):
-    """Rotation of each pair of channels at each token: cos and sin, [L, 1, K / 2], fp32."""
+class Moment(NamedTuple):
+    """A timestep as the network reads it, or one for each latent frame."""
 
-    cos: Tensor
-    sin: Tensor
+    time: Tensor  # [B, G, D] fp32, the embedded time, which the head reads
+    modulation: Tensor  # [B, G, 6, D] fp32, which the blocks read
 
 
 class BlockContext(NamedTuple):
@@ -49,15 +72,20 @@ class Dit(nn.Module):
     # The time projection (630 MB in fp32 on A14B) and the head are stored in the copy's dtype
     # instead, and widened when used.
     FP32_PARAMETERS = ("time_embed.", "modulation", "cross_norm.")
+    # Ends of names of the block parameters that fp8 precision stores in fp8.
+    FP8_PARAMETERS = (
+        ".q.weight", ".k.weight", ".v.weight", ".o.weight", ".up.weight", ".down.weight",
+    )  # fmt: skip
 
     def __init__(self, spec: DitSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.present: Present = always_present
         width = spec.width
-        self.patch_embed = nn.Conv3d(spec.in_channels, width, spec.patch, stride=spec.patch)
         self.text_embed = Mlp(spec.text_width, width, width, nn.GELU(approximate="tanh"))
         self.time_embed = Mlp(spec.sinusoid_width, width, width, nn.SiLU())
-        self.time_project = nn.Linear(width, 6 * width)
+        self.time_project = Linear(width, 6 * width)
+        self.patch_embed = PatchEmbed(spec)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_blocks))
         self.head = Head(spec)
 
@@ -71,29 +99,63 @@ class Dit(nn.Module):
         text_bias: [S], added to the logits of the text tokens; training uses it to let one zero
         row stand for many.
         """
-        x, time, context = self.embed(latents, timestep, text, text_bias)
+        moment = self.embed_times(timestep if timestep.ndim == 2 else timestep[:, None])
+        text = self.embed_texts([text])[0]
+        bias = None if text_bias is None else text_bias.to(text.dtype).view(1, 1, 1, -1)
+        grid = self._grid(latents)
+        rotary = rotary_table(self.spec, grid, latents.device)
+        context = BlockContext(moment.modulation, rotary, text, bias)
+
+        x = self.patch_embed(self.patchify(latents)).float()  # [B, L, D]
+        x = x.unflatten(1, (moment.time.shape[1], -1))  # [B, G, P, D]
         for block in self.blocks:
             x = block(x, context)
-        grid = tuple(n // p for n, p in zip(latents.shape[2:], self.spec.patch, strict=True))
-        return self.unpatchify(self.head(x, time), grid)
+        return self.unpatchify(self.head(x, moment.time).flatten(1, 2), grid)
 
-    def embed(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, text_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, BlockContext]:
-        """The residual stream [B, G, P, D] fp32, the embedded time [B, G, D] fp32, the context."""
-        dtype = self.patch_embed.weight.dtype
-        patches = self.patch_embed(latents.to(dtype))  # [B, D, T, H / 2, W / 2]
-        rotary = rotary_table(self.spec, patches.shape[2:], patches.device)
+    def embed_texts(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Each text [B, S, D_text] as the blocks read it, [B, S, D] in the weights' dtype."""
+        with self.present(self.text_embed):
+            dtype = self.text_embed.up.weight.dtype
+            return [self.text_embed(text.to(dtype)) for text in texts]
 
-        groups = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
-        sinusoid = sinusoidal_embedding(groups, self.spec.sinusoid_width)
-        time = self.time_embed(sinusoid.to(self.time_embed.up.weight.dtype)).float()
-        modulation = linear_fp32(self.time_project, F.silu(time)).unflatten(-1, (6, -1))
+    def embed_times(self, timesteps: Tensor) -> Moment:
+        """The moment of each of the timesteps [B, G] in 0..1000."""
+        sinusoid = sinusoidal_embedding(timesteps, self.spec.sinusoid_width)
+        with self.present(self.time_embed):
+            time = self.time_embed(sinusoid.to(self.time_embed.up.weight.dtype)).float()
+        with self.present(self.time_project):
+            modulation = linear_fp32(self.time_project, F.silu(time)).unflatten(-1, (6, -1))
+        return Moment(time, modulation)
 
-        x = patches.float().flatten(2).transpose(1, 2).unflatten(1, (groups.shape[1], -1))
-        text = self.text_embed(text.to(dtype))
-        bias = None if text_bias is None else text_bias.to(text.dtype).view(1, 1, 1, -1)
-        return x, time, BlockContext(modulation, rotary, text, bias)
+    def velocity(self, latents: Tensor, moment: Moment, text: Tensor, work: Workspace) -> Tensor:
+        """The same as `forward` for one clip, in little memory and without gradients.
+
+        latents: [1, C_in, T, H, W]. text: [1, S, D], from `embed_texts`. `work` fits the clip.
+        Returns [1, C_out, T, H, W] in fp32.
+        """
+        grid = self._grid(latents)
+        context = BlockContext(
+            moment.modulation, rotary_table(self.spec, grid, latents.device), text, None
+        )
+        patches = self.patchify(latents)
+        for rows in row_spans(work.num_tokens, 1, work.rows):
+            work.residual[:, rows.tokens] = self.patch_embed(patches[:, rows.tokens])
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            with self.present(block):
+                block.update(context, work)
+        parts = [
+            self.head(work.view(rows), moment.time[:, rows.groups]).flatten(1, 2)
+            for rows in work.spans(moment.time.shape[1])
+        ]
+        return self.unpatchify(torch.cat(parts, dim=1), grid)
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """[B, C, T, H, W] to [B, L, C p_t p_h p_w], channels slowest, as the weight reads them."""
+        for axis, size in zip((2, 4, 6), self.spec.patch, strict=True):
+            latents = latents.unflatten(axis, (-1, size))
+        # [B, C, t, p_t, h, p_h, w, p_w] -> [B, t, h, w, C, p_t, p_h, p_w]
+        return latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def unpatchify(self, rows: Tensor, grid: tuple[int, ...]) -> Tensor:
         """[B, L, p_t p_h p_w C], channels fastest, to [B, C, T, H, W]. official: unpatchify."""
@@ -103,6 +165,20 @@ class Dit(nn.Module):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         latents: Tensor = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return latents
+
+    def _grid(self, latents: Tensor) -> tuple[int, ...]:
+        return tuple(n // p for n, p in zip(latents.shape[2:], self.spec.patch, strict=True))
+
+
+class PatchEmbed(nn.Conv3d):
+    """A convolution whose stride is its kernel: a linear layer on patches."""
+
+    def __init__(self, spec: DitSpec) -> None:
+        super().__init__(spec.in_channels, spec.width, spec.patch, stride=spec.patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, R, C p_t p_h p_w] to [B, R, D], in the weight's dtype."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):
@@ -118,51 +194,79 @@ class Block(nn.Module):
         self.ffn = Mlp(spec.width, spec.ffn_width, spec.width, nn.GELU(approximate="tanh"))
 
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
-        """x: the residual stream [B, G, P, D] fp32. Returns the same."""
-        dtype = self.ffn.up.weight.dtype
-        modulation = (self.modulation + context.modulation).unsqueeze(3)  # [B, G, 6, 1, D]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.unbind(2)
+        """x: the residual stream [B, G, P, D] fp32. Returns the same, changed."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self._modulation(context)
+        dtype, eps = context.text.dtype, self.eps
 
-        y: Tensor = modulate(x, shift_a, scale_a, self.eps).to(dtype).flatten(1, 2)
-        y = self.self_attn(y, y, rotary=context.rotary)
-        x = x + y.view_as(x) * gate_a
+        qkv = self.self_attn.unpack_qkv(dtype)
+        q, k, v = project_qkv(x, shift_a, scale_a, context.rotary, qkv, eps)
+        x = x + project_out(attention(q, k, v), gate_a, self.self_attn.o.unpack(dtype))
+        x = x + cross_attend(x, self._text(context), self._unpack_cross(dtype), eps)
+        up, down = self.ffn.up.unpack(dtype), self.ffn.down.unpack(dtype)
+        return x + feed_forward(x, shift_f, scale_f, gate_f, up, down, eps)
 
-        y = self.cross_norm(x).to(dtype).flatten(1, 2)
-        x = x + self.cross_attn(y, context.text, bias=context.text_bias).view_as(x)
+    def update(self, context: BlockContext, work: Workspace) -> None:
+        """Changes `work.residual` as `forward` does x, in place and some rows at a time."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self._modulation(context)
+        spans = list(work.spans(shift_a.shape[1]))
+        dtype, eps, run = context.text.dtype, self.eps, work.kernels
 
-        y = self.ffn(modulate(x, shift_f, scale_f, self.eps).to(dtype))
-        return x + y * gate_f
+        qkv = self.self_attn.unpack_qkv(dtype)
+        for rows in spans:
+            rotary = Rotary(context.rotary.cos[rows.tokens], context.rotary.sin[rows.tokens])
+            shift, scale = shift_a[:, rows.groups], scale_a[:, rows.groups]
+            projected = run.project_qkv(work.view(rows), shift, scale, rotary, qkv, eps)
+            for buffer, part in zip((work.q, work.k, work.v), projected, strict=True):
+                buffer[:, rows.tokens] = part
+            del projected, part  # before the next rows take as much
+        del qkv
+        work.attend()
+
+        out, cross, text = (
+            self.self_attn.o.unpack(dtype), self._unpack_cross(dtype), self._text(context)
+        )  # fmt: skip
+        for rows in spans:
+            x = work.view(rows)
+            x += run.project_out(work.q[:, rows.tokens], gate_a[:, rows.groups], out)
+            x += run.cross_attend(x, text, cross, eps)
+        del out, cross, text
+
+        up, down = self.ffn.up.unpack(dtype), self.ffn.down.unpack(dtype)
+        for rows in spans:
+            x = work.view(rows)
+            shift, scale = shift_f[:, rows.groups], scale_f[:, rows.groups]
+            x += run.feed_forward(x, shift, scale, gate_f[:, rows.groups], up, down, eps)
+
+    def _modulation(self, context: BlockContext) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the feed-forward: [B, G, 1, D] each."""
+        return (self.modulation + context.modulation).unsqueeze(3).unbind(2)
+
+    def _text(self, context: BlockContext) -> AttendedText:
+        attn, dtype = self.cross_attn, context.text.dtype
+        k = attn.norm_k(attn.k(context.text)).to(dtype)
+        k, v = (part.unflatten(-1, (attn.num_heads, -1)) for part in (k, attn.v(context.text)))
+        return AttendedText(k, v, context.text_bias)
+
+    def _unpack_cross(self, dtype: torch.dtype) -> CrossWeights:
+        attn, norm = self.cross_attn, self.cross_norm
+        q, out = attn.q.unpack(dtype), attn.o.unpack(dtype)
+        return CrossWeights(norm.weight, norm.bias, q, attn.norm_q.weight, out)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS norms over the whole width of q and k."""
+    """The weights of multi-head attention; q and k have RMS norms over their whole width."""
 
     def __init__(self, spec: DitSpec) -> None:
         super().__init__()
         width = spec.width
         self.num_heads = spec.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
         self.norm_q = RmsNorm(width, spec.eps)
         self.norm_k = RmsNorm(width, spec.eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        source: Tensor,
-        *,
-        rotary: Rotary | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """x: queries [B, L, D]; source: keys and values [B, S, D]. Returns [B, L, D]."""
-        # Norm and rotation stay in fp32 between two roundings; the official code rounds between.
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
-        k = self.norm_k(self.k(source)).unflatten(-1, (self.num_heads, -1))
-        v = self.v(source).unflatten(-1, (self.num_heads, -1))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        out: Tensor = self.o(attention(q, k, v, bias=bias).flatten(2))
-        return out
+    def unpack_qkv(self, dtype: torch.dtype) -> QkvWeights:
+        q, k, v = (layer.unpack(dtype) for layer in (self.q, self.k, self.v))
+        return QkvWeights(q, k, v, self.norm_q.weight, self.norm_k.weight)
 
 
 class Head(nn.Module):
@@ -173,14 +277,14 @@ class Head(nn.Module):
         patch_frames, patch_rows, patch_columns = spec.patch
         self.eps = spec.eps
         self.modulation = nn.Parameter(torch.zeros(1, 2, spec.width))
-        self.linear = nn.Linear(
+        self.linear = Linear(
             spec.width, patch_frames * patch_rows * patch_columns * spec.out_channels
         )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: [B, G, P, D]; time: [B, G, D]. Returns [B, L, values of one patch] in fp32."""
+        """x: [B, G, P, D]; time: [B, G, D]. Returns [B, G, P, values of one patch] in fp32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return linear_fp32(self.linear, modulate(x, shift, scale, self.eps)).flatten(1, 2)
+        return linear_fp32(self.linear, modulate(x, shift, scale, self.eps))
 
 
 class Mlp(nn.Module):
@@ -188,23 +292,24 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int, activation: nn.Module) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
+        self.up = Linear(width, hidden)
         self.activation = activation
-        self.down = nn.Linear(hidden, out)
+        self.down = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(self.activation(self.up(x)))
         return y
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, in x's dtype (fp32)."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in fp32, whatever the dtype of its weights; x is fp32."""
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    """The layer in fp32, whatever the dtype of its weights; x is fp32.
+
+    Widened a part at a time: A14B's time projection would take 630 MB.
+    """
+    parts = zip(
+        layer.weight.split(WIDENED_ROWS), layer.bias.split(WIDENED_ROWS), strict=True
+    )  # fmt: skip
+    return torch.cat([F.linear(x, weight.float(), bias.float()) for weight, bias in parts], dim=-1)
 
 
 def sinusoidal_embedding(timestep: Tensor, width: int) -> Tensor:
@@ -237,10 +342,3 @@ def rotary_table(spec: DitSpec, grid: tuple[int, ...], device: torch.device) -> 
         angles.append(torch.outer(position, ROPE_THETA**-exponent).view(shape).expand(*grid, -1))
     angle = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)  # [L, 1, K / 2]
     return Rotary(angle.cos().float(), angle.sin().float())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates adjacent channel pairs (2k, 2k + 1) of x [B, L, N, K], in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotary
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

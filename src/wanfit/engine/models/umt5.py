@@ -10,11 +10,13 @@ Dims: B batch, S text tokens, D width, N heads, K head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wanfit.engine.models.present import Present, always_present
 from wanfit.engine.ops.attention import attention
 from wanfit.engine.ops.norm import RmsNorm
 from wanfit.specs import Umt5Spec
@@ -28,7 +30,8 @@ class Umt5(nn.Module):
     def __init__(self, spec: Umt5Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.token_embed = nn.Embedding(spec.vocab_size, spec.width)
+        self.present: Present = always_present
+        self.token_embed: nn.Module = nn.Embedding(spec.vocab_size, spec.width)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_blocks))
         self.norm_out = RmsNorm(spec.width, spec.eps)
 
@@ -37,14 +40,26 @@ class Umt5(nn.Module):
 
         Rows at padded positions are computed but mean nothing: the caller cuts them.
         """
-        x = self.token_embed(ids)
-        bucket = relative_buckets(ids.shape[1], self.spec, ids.device)
-        padding = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-        padding = padding.masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None, :]
+        return self._run([ids], [mask])[0]
+
+    def encode(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """The embeddings [1, S, D] of each of some texts, int64 [1, S] without padding.
+
+        Every block sees all the texts before the next block does, so its weights come once.
+        """
+        return self._run(texts, [torch.ones_like(ids, dtype=torch.bool) for ids in texts])
+
+    def _run(self, texts: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        streams: list[Tensor] = [self.token_embed(ids) for ids in texts]
+        biases = []
+        for x, mask in zip(streams, masks, strict=True):
+            padding = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+            padding = padding.masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None, :]
+            biases.append((relative_buckets(mask.shape[1], self.spec, mask.device), padding))
         for block in self.blocks:
-            x = block(x, bucket, padding)
-        out: Tensor = self.norm_out(x).to(x.dtype)
-        return out
+            with self.present(block):
+                streams = [block(x, *bias) for x, bias in zip(streams, biases, strict=True)]
+        return [self.norm_out(x).to(x.dtype) for x in streams]
 
 
 class Block(nn.Module):

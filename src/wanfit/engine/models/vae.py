@@ -1,48 +1,47 @@
 """Wan's causal video autoencoder, versions 2.1 (8x8x4, 16 channels) and 2.2 (16x16x4, 48 channels).
 
-Every convolution over time looks only backwards, so a clip is encoded and decoded in chunks: the
-first frame alone, then four frames (one latent frame) at a time, with the last frames that each
-convolution saw kept in a `History`. Without a history a whole clip goes through in one pass, with
-the same result: training does that. 2.2 is 2.1 with 2x2 pixels folded into channels at both ends
-and parameter-free shortcuts around its stages.
+Every convolution over time looks only backwards, so a clip is encoded and decoded in a stream: one
+frame goes through the whole network before the next one is touched, and a `History` keeps the last
+frames that each convolution saw. Without a history a whole clip goes through in one pass, with the
+same result: training does that. 2.2 is 2.1 with 2x2 pixels folded into channels at both ends and
+parameter-free shortcuts around its stages.
 
 The first frame is special where time is resampled: it has no partner, so it is passed by.
 
-Dims: B batch, C channels, F pixel frames, T latent frames, H W sides.
+The stream is written as generators, in which a frame belongs to whoever holds it: a stage drops its
+input as soon as its first block is done, and keeps nothing of what it has handed on.
+`wanfit.plan.vae` counts the bytes of exactly this code; tests hold the two together.
+
+Dims: B batch, C channels, F pixel frames, T latent frames, H W sides. A clip is [B, C, F, H, W], a
+frame of the stream [B, C, H, W], channels last in memory (see `causal`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanfit.engine.models.tiles import blend_tiles
+from wanfit.engine.models.causal import (
+    CausalConv3d,
+    History,
+    TemporalDown,
+    TemporalUp,
+    last_frame,
+    lay_out_weights,
+    merge_frames,
+    merge_in_bands,
+    to_frame,
+)
+from wanfit.engine.models.folding import AverageDown, DuplicateUp, fold_pixels, unfold_pixels
+from wanfit.engine.models.tiles import Band, Strides, blend_tiles, join_bands
+from wanfit.plan.vae import HEAD_BANDS
 from wanfit.specs import VaeSpec
-
-TIME_KERNEL = 3  # frames that a convolution over time sees: its own and two before it
-
-
-class History:
-    """The last input frames of each convolution over time, between one chunk and the next."""
-
-    def __init__(self) -> None:
-        self._tails: dict[nn.Module, Tensor] = {}
-
-    def precede(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
-        """x [B, C, F, H, W] with the `frames` frames before it, which at the start are zeros."""
-        tail = self._tails.get(layer)
-        before = zeros_before(x, frames) if tail is None else torch.cat([tail, x], dim=2)
-        self._tails[layer] = before[:, :, -frames:].clone()
-        return before
-
-
-def zeros_before(x: Tensor, frames: int) -> Tensor:
-    """x [B, C, F, H, W] with `frames` frames of zeros in front."""
-    return F.pad(x, (0, 0, 0, 0, frames, 0))
 
 
 class Vae(nn.Module):
@@ -62,49 +61,74 @@ class Vae(nn.Module):
     def encode(self, frames: Tensor, *, tile_px: int | None = None) -> Tensor:
         """Normalised latents [B, C, T, H, W] in fp32 of frames [B, 3, F, H, W] in [-1, 1].
 
-        F is 4n + 1. With `tile_px` the encoder sees squares of about that side, blended.
+        F is 4n + 1. The frames may lie on the host: they are brought to the network's device four
+        at a time. With `tile_px` the encoder sees squares of about that side, blended as in
+        `decode_tiles`.
         """
-        assert frames.shape[2] % self.spec.stride_frames == 1, frames.shape
+        num_frames, stride = frames.shape[2], self.spec.stride_px
+        assert num_frames % self.spec.stride_frames == 1, frames.shape
         if tile_px is None:
-            return self._encode(frames)
-        stride = self.spec.stride_px
-        return blend_tiles(
-            self._encode, frames, tile=tile_px // stride, in_stride=stride, out_stride=1
+            return torch.cat(list(self._encode(frames)), dim=2)
+        latent_frames = (num_frames - 1) // self.spec.stride_frames + 1
+        steps = blend_tiles(
+            self._encode, frames, latent_frames, tile_px // stride, Strides(into=stride, out=1)
         )
+        return join_bands(steps).to(self.to_moments.weight.device)
 
-    def decode(self, latents: Tensor, *, tile_px: int | None = None) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Yields frames [B, 3, f, H, W] in [-1, 1], fp32: one frame, then four at a time.
 
-        latents: normalised, [B, C, T, H, W]. With `tile_px` the decoder sees squares of about that
-        side, one after the other through the whole clip, so that frames come only at the end.
+        latents: normalised, [B, C, T, H, W].
         """
-        if tile_px is None:
-            yield from self._decode(latents)
-            return
+        raw = self.denormalise(latents).to(self.from_latents.weight.dtype)
+        history = self.decoder.begin(latents.shape[0], *latents.shape[3:])
+        for i, latent in enumerate(raw.split(1, dim=2)):
+            yield self.pixels(latent, history, first=i == 0).float().clamp_(-1, 1)
+
+    def decode_tiles(self, latents: Tensor, tile_px: int) -> Iterator[Band | None]:
+        """Decodes squares of about `tile_px`, each through the whole clip, blended (see `tiles`).
+
+        Yields once for each latent frame of each tile, and a band of finished rows after each row
+        of tiles: its values are those of `decode` for all frames of the clip, on the CPU.
+
+        What tiles cost in quality: a tile lacks what lies beyond its edges, which the attention in
+        the middle of the network and some 12 latent cells of convolutions would have seen, so
+        colours may differ slowly from tile to tile. Blending hides the seams, not the difference.
+        Measured with the demo's weights on pictures of 256 px: tiles of 4 latent cells come to
+        42 dB of the whole picture's decode, 8 cells to 51 dB, 12 cells to 58 dB.
+        """
+        num_frames = (latents.shape[2] - 1) * self.spec.stride_frames + 1
         stride = self.spec.stride_px
-        frames = blend_tiles(
-            lambda part: torch.cat([chunk.cpu() for chunk in self._decode(part)], dim=2),
-            latents,
-            tile=tile_px // stride,
-            in_stride=1,
-            out_stride=stride,
+        return blend_tiles(
+            self.decode, latents, num_frames, tile_px // stride, Strides(into=1, out=stride)
         )
-        yield frames[:, :, :1]
-        yield from frames[:, :, 1:].split(self.spec.stride_frames, dim=2)
 
     def mean(self, frames: Tensor, history: History | None, *, first: bool) -> Tensor:
-        """Latents before normalisation, [B, C, T, H, W], of frames or a chunk.
+        """Latents before normalisation, [B, C, T, H, W], of a clip, or of a chunk of it.
 
         The encoder gives a log-variance too, which nobody samples from (official: mu alone).
         """
-        x: Tensor = self.encoder(fold_pixels(frames, self.spec.pixel_patch), history, first)
-        mean: Tensor = self.to_moments(x).chunk(2, dim=1)[0]
-        return mean
+        patch, channels = self.spec.pixel_patch, self.spec.latent_channels
+        if history is None:
+            moments: Tensor = self.to_moments(self.encoder(fold_pixels(frames, patch)))
+            return moments[:, :channels]
+        folded = (to_frame(fold_pixels(x, patch)) for x in frames.split(1, dim=2))
+        streamed = self.encoder.stream(folded, history, first)
+        means = [merge_frames(self.to_moments, x)[:, :channels].contiguous() for x in streamed]
+        return torch.stack(means, dim=2)
 
     def pixels(self, latents: Tensor, history: History | None, *, first: bool) -> Tensor:
-        """Frames [B, 3, f, H, W], not clamped, of latents before normalisation, or a chunk."""
-        x: Tensor = self.decoder(self.from_latents(latents), history, first)
-        return unfold_pixels(x, self.spec.pixel_patch)
+        """Frames [B, 3, F, H, W], not clamped, of a clip's latents, or of one latent frame.
+
+        The latents are those before normalisation.
+        """
+        if history is None:
+            folded = self.decoder(self.from_latents(latents))
+            return unfold_pixels(folded, self.spec.pixel_patch)
+        latent = merge_frames(self.from_latents, to_frame(latents))
+        frames = self.decoder.stream([latent], history, first)
+        del latent
+        return torch.cat(list(map(self._picture, frames)), dim=2)
 
     def normalise(self, mean: Tensor) -> Tensor:
         """The encoder's mean, brought to the statistics that the transformer was trained on."""
@@ -122,22 +146,20 @@ class Vae(nn.Module):
         inverse = 1.0 / torch.tensor(self.spec.latents_std, device=device)
         return center.view(-1, 1, 1, 1), inverse.view(-1, 1, 1, 1)
 
-    def _encode(self, frames: Tensor) -> Tensor:
-        history = History()
-        dtype = self.to_moments.weight.dtype
-        chunks = [frames[:, :, :1], *frames[:, :, 1:].split(self.spec.stride_frames, dim=2)]
-        means = [
-            self.mean(chunk.to(dtype), history, first=i == 0)
-            for i, chunk in enumerate(chunks)
-            if chunk.shape[2]
-        ]
-        return self.normalise(torch.cat(means, dim=2))
+    def _picture(self, folded: Tensor) -> Tensor:
+        """[B, 3, 1, H, W], contiguous, of what comes out of the decoder's stream."""
+        return unfold_pixels(folded.unsqueeze(2), self.spec.pixel_patch).contiguous()
 
-    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
-        history = History()
-        raw = self.denormalise(latents).to(self.from_latents.weight.dtype)
-        for i, latent in enumerate(raw.split(1, dim=2)):
-            yield self.pixels(latent, history, first=i == 0).float().clamp(-1, 1)
+    def _encode(self, frames: Tensor) -> Iterator[Tensor]:
+        """Normalised latent frames, one after the other."""
+        weight = self.to_moments.weight
+        every, patch = self.spec.stride_frames, self.spec.pixel_patch
+        rows, columns = (side // patch for side in frames.shape[3:])
+        history = self.encoder.begin(frames.shape[0], rows, columns)
+        chunks = frames.split([1, *[every] * (frames.shape[2] // every)], dim=2)
+        for i, chunk in enumerate(chunks):
+            chunk = chunk.to(weight.device, weight.dtype)
+            yield self.normalise(self.mean(chunk, history, first=i == 0))
 
 
 class Encoder(nn.Module):
@@ -162,13 +184,43 @@ class Encoder(nn.Module):
         self.norm_out = RmsNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * spec.latent_channels)
 
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        x = self.conv_in(x, history)
+    def forward(self, x: Tensor) -> Tensor:
+        """A whole clip."""
+        x = self.conv_in(x)
         for stage in self.stages:
-            x = stage(x, history, first)
-        x = self.mid(x, history)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)), history)
-        return out
+            x = stage(x)
+        return self._head(self.mid(x))
+
+    def begin(self, batch: int, rows: int, columns: int) -> History:
+        """Makes all ready for a stream of frames of that size."""
+        lay_out_weights(self)
+        history = History()
+        history.reserve(self.conv_in, batch, rows, columns)
+        for stage in cast("Iterable[DownStage]", self.stages):
+            history.reserve(stage.res, batch, rows, columns)
+            if stage.spatial is not None:
+                rows, columns = rows // 2, columns // 2
+            if stage.temporal is not None:
+                history.reserve(stage.temporal, batch, rows, columns)
+        for layer in (self.mid, self.conv_out):
+            history.reserve(layer, batch, rows, columns)
+        return history
+
+    def stream(self, frames: Iterable[Tensor], history: History, first: bool) -> Iterator[Tensor]:
+        """The next frames; `first`: they begin the clip."""
+        through = repeat(history)
+        stacks = map(history.join, repeat(self.conv_in), frames)
+        frames = map(merge_frames, repeat(self.conv_in), stacks)
+        for stage in cast("Iterable[DownStage]", self.stages):
+            frames = stage.stream(frames, history, first)
+        return map(self._head, map(self.mid, frames, through), through)
+
+    def _head(self, x: Tensor, history: History | None = None) -> Tensor:
+        if history is None:
+            out: Tensor = self.conv_out(activated(self.norm_out, x))
+            return out
+        stack = activated_stack(self.norm_out, self.conv_out, x, history)
+        return merge_frames(self.conv_out, stack)
 
 
 class Decoder(nn.Module):
@@ -197,12 +249,42 @@ class Decoder(nn.Module):
         self.norm_out = RmsNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3 * spec.pixel_patch**2)
 
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        x = self.mid(self.conv_in(x, history), history)
+    def forward(self, x: Tensor) -> Tensor:
+        """A whole clip."""
+        x = self.mid(self.conv_in(x))
         for stage in self.stages:
-            x = stage(x, history, first)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)), history)
-        return out
+            x = stage(x)
+        return self._head(x)
+
+    def begin(self, batch: int, rows: int, columns: int) -> History:
+        """Makes all ready for a stream of latents of that size."""
+        lay_out_weights(self)
+        history = History()
+        for layer in (self.conv_in, self.mid):
+            history.reserve(layer, batch, rows, columns)
+        for stage in cast("Iterable[UpStage]", self.stages):
+            history.reserve(stage, batch, rows, columns)
+            if stage.spatial is not None:
+                rows, columns = 2 * rows, 2 * columns
+        history.reserve(self.conv_out, batch, rows, columns)
+        return history
+
+    def stream(self, latents: Iterable[Tensor], history: History, first: bool) -> Iterator[Tensor]:
+        """The frames of the next latent frames; `first`: they begin the clip."""
+        through = repeat(history)
+        stacks = map(history.join, repeat(self.conv_in), latents)
+        begun = map(merge_frames, repeat(self.conv_in), stacks)
+        frames: Iterator[Tensor] = map(self.mid, begun, through)
+        for stage in cast("Iterable[UpStage]", self.stages):
+            frames = stage.stream(frames, history, first)
+        return map(self._head, frames, through)
+
+    def _head(self, x: Tensor, history: History | None = None) -> Tensor:
+        if history is None:
+            out: Tensor = self.conv_out(activated(self.norm_out, x))
+            return out
+        stack = activated_stack(self.norm_out, self.conv_out, x, history)
+        return merge_in_bands(self.conv_out, stack, HEAD_BANDS)
 
 
 class DownStage(nn.Module):
@@ -223,15 +305,34 @@ class DownStage(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """A whole clip."""
         skip = None if self.shortcut is None else self.shortcut(x)
         for block in self.res:
-            x = block(x, history)
+            x = block(x)
         if self.spatial is not None:
             x = self.spatial(x)
         if self.temporal is not None:
-            x = self.temporal(x, history, first)
-        return x if skip is None else x + skip
+            x = self.temporal(x)
+        return x if skip is None else skip + x
+
+    def stream(self, frames: Iterable[Tensor], history: History, first: bool) -> Iterator[Tensor]:
+        """One frame for each that comes, or for two where time is halved."""
+        frames = iter(frames)
+        count = 1 if self.temporal is None or first else 2
+        while group := list(itertools.islice(frames, count)):
+            # The skip is made first: the blocks then need not leave their input alive.
+            skips = [] if self.shortcut is None else [self.shortcut.merge(group)]
+            small = []
+            while group:
+                x = group.pop(0)
+                for block in self.res:
+                    x = block(x, history)
+                small.append(x if self.spatial is None else self.spatial(x))
+                del x
+            if self.temporal is not None:
+                small = [self.temporal.merge(small, history)]
+            yield added(skips.pop(), small.pop()) if skips else small.pop()
 
 
 class UpStage(nn.Module):
@@ -253,15 +354,42 @@ class UpStage(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        skip = None if self.shortcut is None else self.shortcut(x, first)
+    def forward(self, x: Tensor) -> Tensor:
+        """A whole clip."""
+        entered = x
         for block in self.res:
-            x = block(x, history)
+            x = block(x)
         if self.temporal is not None:
-            x = self.temporal(x, history, first)
+            x = self.temporal(x)
         if self.spatial is not None:
             x = self.spatial(x)
-        return x if skip is None else x + skip
+        return x if self.shortcut is None else self.shortcut(x, entered)
+
+    def stream(self, frames: Iterable[Tensor], history: History, first: bool) -> Iterator[Tensor]:
+        """One frame for each that comes, or two where time is doubled."""
+        for x in frames:
+            skips = [] if self.shortcut is None else self.shortcut.frames(x, first)
+            for block in self.res:
+                x = block(x, history)
+            halves = [x]
+            if self.temporal is not None and not first:
+                stack = history.join(self.temporal.conv, halves.pop())
+                del x
+                halves = self.temporal.split(stack)
+                del stack
+            else:
+                del x
+            while halves:
+                yield self._up(halves.pop(0), skips.pop(0) if skips else None)
+
+    def _up(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if self.spatial is not None:
+            x = self.spatial.repeated(x)
+            x = self.spatial.conv(x)
+        if skip is None:
+            return x
+        blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return added(blocks, skip).flatten(4, 5).flatten(2, 3)
 
 
 class Mid(nn.Module):
@@ -273,7 +401,7 @@ class Mid(nn.Module):
         self.attn = FrameAttention(width)
         self.res_out = ResBlock(width, width)
 
-    def forward(self, x: Tensor, history: History | None) -> Tensor:
+    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
         out: Tensor = self.res_out(self.attn(self.res_in(x, history)), history)
         return out
 
@@ -287,24 +415,19 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = RmsNorm(out), CausalConv3d(out, out)
         self.shortcut = nn.Conv3d(width, out, 1) if width != out else nn.Identity()
 
-    def forward(self, x: Tensor, history: History | None) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), history)
-        y = self.conv2(F.silu(self.norm2(y)), history)
-        out: Tensor = self.shortcut(x) + y
-        return out
-
-
-class CausalConv3d(nn.Conv3d):
-    """A 3x3x3 convolution that sees each frame and the two before it."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__(width, out, TIME_KERNEL, padding=(0, 1, 1))
-
     def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """x: [B, C, F, H, W]; without a history x is a whole clip, with zeros before it."""
-        before = TIME_KERNEL - 1
-        x = zeros_before(x, before) if history is None else history.precede(self, x, before)
-        return super().forward(x)
+        if history is None:
+            y = self.conv1(activated(self.norm1, x))
+            y = self.conv2(activated(self.norm2, y))
+            return added(y, self.shortcut(x))
+        y = x
+        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            stack = activated_stack(norm, conv, y, history)
+            del y
+            y = merge_frames(conv, stack)
+            del stack
+        around = self.shortcut
+        return added(y, merge_frames(around, x) if isinstance(around, nn.Conv3d) else x)
 
 
 class SpatialDown(nn.Module):
@@ -326,49 +449,13 @@ class SpatialUp(nn.Module):
         self.conv = nn.Conv2d(width, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return per_frame(lambda y: self.conv(self.repeated(y)), x)
+
+    @staticmethod
+    def repeated(x: Tensor) -> Tensor:
+        """[B, C, 2 H, 2 W] of a frame."""
         # Repetition is exact in any dtype; the official code goes through fp32 to the same values.
-        return per_frame(
-            lambda y: self.conv(F.interpolate(y, scale_factor=2.0, mode="nearest-exact")), x
-        )
-
-
-class TemporalDown(nn.Module):
-    """Half the frames after the first of the clip, which passes as it is."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1))
-
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        """x: [B, C, F, H, W], F even but in the chunk with the first frame."""
-        if not first:
-            assert history is not None
-            halved: Tensor = self.conv(history.precede(self, x, 1))
-            return halved
-        if history is not None:
-            history.precede(self, x, 1)
-        return torch.cat([x[:, :, :1], self.conv(x)], dim=2) if x.shape[2] > 1 else x
-
-
-class TemporalUp(nn.Module):
-    """Twice the frames after the first of the clip, which passes as it is and is not seen later."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(width, 2 * width, (TIME_KERNEL, 1, 1))
-
-    def forward(self, x: Tensor, history: History | None, first: bool) -> Tensor:
-        """x: [B, C, F, H, W]. The two halves of the channels become alternating frames."""
-        if first and x.shape[2] == 1:
-            return x
-        rest = x[:, :, 1:] if first else x
-        before = TIME_KERNEL - 1
-        padded = (
-            zeros_before(rest, before) if history is None else history.precede(self, rest, before)
-        )
-        pairs = self.conv(padded).unflatten(1, (2, -1))  # [B, 2, C, F, H, W]
-        doubled = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        return torch.cat([x[:, :, :1], doubled], dim=2) if first else doubled
+        return F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
 
 
 class FrameAttention(nn.Module):
@@ -381,12 +468,17 @@ class FrameAttention(nn.Module):
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + per_frame(self._attend, x)
+        return added(per_frame(self._attend, x), x)
 
     def _attend(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # [BF, 1, HW, 3C]
-        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        out: Tensor = self.out(y.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+        # Channels last, since CUDA's fused kernels take nothing else: without one the scores, a
+        # matrix of positions by positions, would lie in memory.
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [BF, HW, 3C]
+        y = F.scaled_dot_product_attention(*qkv.unsqueeze(1).chunk(3, dim=-1))
+        del qkv
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])  # [BF, C, H, W]
+        streamed = x.is_contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.out(y if streamed else y.contiguous())
         return out
 
 
@@ -397,69 +489,42 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))  # official: gamma
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`out`: where the result goes; autograd cannot follow it."""
         weight: Tensor = self.weight.view(-1, *[1] * (x.ndim - 2)) * self.weight.shape[0] ** 0.5
-        return F.normalize(x.float(), dim=1).to(x.dtype) * weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.normalize(wide, dim=1, out=out).to(x.dtype)
+        return y.mul_(weight) if out is not None or in_place(y, weight) else y * weight
 
 
-class AverageDown(nn.Module):
-    """2.2's shortcut around a DownStage: means of blocks of pixels and groups of channels.
-
-    A block of `frames` x `side` x `side` values is laid out as channels, time slowest, and each of
-    the `out` channels is the mean of its share. A clip's odd first frame gets a zero partner in
-    front. official: vae2_2.py, AvgDown3D.
-    """
-
-    def __init__(self, out: int, frames: int, side: int) -> None:
-        super().__init__()
-        self.out, self.frames, self.side = out, frames, side
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = zeros_before(x, -x.shape[2] % self.frames)
-        for axis, factor in ((2, self.frames), (4, self.side), (6, self.side)):
-            x = x.unflatten(axis, (-1, factor))
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-        means: Tensor = x.unflatten(1, (self.out, -1)).mean(dim=2)
-        return means
+def activated(norm: RmsNorm, x: Tensor) -> Tensor:
+    """SiLU of the norm of x, a new tensor."""
+    y = norm(x)
+    return F.silu(y, inplace=in_place(y))
 
 
-class DuplicateUp(nn.Module):
-    """2.2's shortcut around an UpStage: each value repeated over a block of pixels.
+def activated_stack(norm: RmsNorm, conv: CausalConv3d, x: Tensor, history: History) -> Tensor:
+    """`history.join` of SiLU of the norm of frame x, which is made in its place in the stack."""
+    stack = history.stack(conv)
+    F.silu(norm(x, last_frame(conv, stack)), inplace=True)
+    history.remember(conv, stack)
+    return stack
 
-    The inverse layout of AverageDown; a clip's first frame is not doubled in time. official:
-    vae2_2.py, DupUp3D.
-    """
 
-    def __init__(self, out: int, frames: int) -> None:
-        super().__init__()
-        self.out, self.frames = out, frames
+def added(new: Tensor, other: Tensor) -> Tensor:
+    """The sum, in `new`'s memory where possible: nobody else may need `new`."""
+    return new.add_(other) if in_place(new, other) else new + other
 
-    def forward(self, x: Tensor, first: bool) -> Tensor:
-        repeats = self.out * self.frames * 4 // x.shape[1]
-        x = x.repeat_interleave(repeats, dim=1).unflatten(1, (self.out, self.frames, 2, 2))
-        # [B, C, f, 2, 2, F, H, W] -> [B, C, F, f, H, 2, W, 2]
-        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return x[:, :, self.frames - 1 :] if first else x
+
+def in_place(*tensors: Tensor) -> bool:
+    """Whether the first may be overwritten: autograd is off, and no promotion is due."""
+    return not torch.is_grad_enabled() and all(x.dtype == tensors[0].dtype for x in tensors)
 
 
 def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A two-dimensional layer on every frame of x [B, C, F, H, W]."""
+    """A two-dimensional layer on a frame, or on every frame of a clip."""
+    if x.ndim == 4:
+        return layer(x)
     y = layer(x.transpose(1, 2).flatten(0, 1))
     frames: Tensor = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
     return frames
-
-
-def fold_pixels(x: Tensor, patch: int) -> Tensor:
-    """[B, 3, F, H, W] to [B, 3 p p, F, H / p, W / p]; channel (c p + column) p + row, official."""
-    if patch == 1:
-        return x
-    x = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-
-
-def unfold_pixels(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `fold_pixels`."""
-    if patch == 1:
-        return x
-    x = x.unflatten(1, (3, patch, patch))  # [B, 3, column, row, F, H, W]
-    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wanfit.errors import WeightsMismatch
+from wanfit.plan.plan import NetworkName
 from wanfit.specs import (
     MODELS,
     NUM_TRAIN_TIMESTEPS,
@@ -22,7 +23,6 @@ from wanfit.specs import (
     TEXT_TOKENS,
     VAE_21,
     DitSpec,
-    Expert,
     ModelSpec,
     Umt5Spec,
     VaeSpec,
@@ -31,10 +31,12 @@ from wanfit.specs import (
 Component = Literal["transformer", "transformer_2", "vae", "text_encoder"]
 Json = dict[str, Any]
 
-# convert_wan_to_diffusers.py: the high-noise expert, and the only one of a dense model, is first.
-EXPERT_FOLDERS: Mapping[Expert, Component] = {
+FOLDERS: Mapping[NetworkName, Component] = {
+    "umt5": "text_encoder",
+    # convert_wan_to_diffusers.py: the high-noise expert, and a dense model's only one, comes first.
     "high_noise": "transformer",
     "low_noise": "transformer_2",
+    "vae": "vae",
 }
 
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that knows Wan 2.2's fields
@@ -42,7 +44,7 @@ DIFFUSERS_VERSION = "0.35.0"  # the oldest that knows Wan 2.2's fields
 
 def components_of(spec: ModelSpec) -> tuple[Component, ...]:
     """The folders with weights that a directory of this model has."""
-    return ("text_encoder", "vae", *(EXPERT_FOLDERS[expert] for expert in spec.experts))
+    return ("text_encoder", "vae", *(FOLDERS[expert] for expert in spec.experts))
 
 
 def dit_config(spec: DitSpec) -> Json:

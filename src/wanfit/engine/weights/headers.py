@@ -18,18 +18,25 @@ from wanfit.errors import WeightsBroken, WeightsMissing
 
 # safetensors' own limit; a real header has about 100 bytes per tensor
 MAX_HEADER_BYTES = 100_000_000
-# What we read, with its size; quantised files (fp8, int8) are another format.
-DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What we read, with its size. fp8 is read from a store only: it means nothing without our scales.
+DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+# What a directory in diffusers layout may hold; quantised files (fp8, int8) are another format.
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Where one tensor lies: `num_bytes` in a row, from `offset` on."""
 
     file: Path
     name: str  # in the file
     dtype: str  # safetensors' name of it
     shape: tuple[int, ...]
+    offset: int  # bytes from the file's begin
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def component_entries(folder: Path, stem: str) -> dict[str, TensorEntry]:
@@ -66,7 +73,8 @@ def component_entries(folder: Path, stem: str) -> dict[str, TensorEntry]:
 
 def file_entries(file: Path) -> dict[str, TensorEntry]:
     """Every tensor of one safetensors file. Raises WeightsBroken."""
-    header, header_end = _read_header(file)
+    raw = read_header(file)
+    header, header_end = parse_header(file, raw), len(raw)
     header.pop("__metadata__", None)
     entries: dict[str, TensorEntry] = {}
     data_bytes = 0
@@ -76,26 +84,30 @@ def file_entries(file: Path) -> dict[str, TensorEntry]:
             start, end = (int(offset) for offset in fields["data_offsets"])
         except (KeyError, TypeError, ValueError):
             raise WeightsBroken(f"{file} has a malformed entry for {name}") from None
-        if dtype not in DTYPE_BYTES:
+        if dtype not in PLAIN_DTYPES:
             raise WeightsBroken(
                 f"{file} holds {name} as {dtype}, which is not read here",
-                hint=f"Use files in one of {', '.join(DTYPE_BYTES)}",
+                hint=f"Use files in one of {', '.join(PLAIN_DTYPES)}",
             )
-        expected_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
-        if end - start != expected_bytes:
+        entry = TensorEntry(file, name, dtype, shape, header_end + start)
+        if end - start != entry.num_bytes:
             raise WeightsBroken(
-                f"{file} gives {name} {end - start} bytes, and its shape needs {expected_bytes}"
+                f"{file} gives {name} {end - start} bytes, and its shape needs {entry.num_bytes}"
             )
         data_bytes = max(data_bytes, end)
-        entries[name] = TensorEntry(file, name, dtype, shape)
-    expected_bytes = header_end + data_bytes
+        entries[name] = entry
+    check_length(file, header_end + data_bytes)
+    return entries
+
+
+def check_length(file: Path, expected_bytes: int) -> None:
+    """Raises WeightsBroken, with both numbers, when the file is shorter or longer."""
     _check_length(file, at_least=expected_bytes)
     file_bytes = file.stat().st_size
     if file_bytes > expected_bytes:
         raise WeightsBroken(
             f"{file} has {file_bytes} bytes, and its header tells of only {expected_bytes}"
         )
-    return entries
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -113,8 +125,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header's JSON, and the position in the file of the first byte after it."""
+def read_header(file: Path) -> bytes:
+    """The length and the JSON of a file's header, as they lie there. Raises WeightsBroken."""
     try:
         file_bytes = file.stat().st_size
         with file.open("rb") as stream:
@@ -123,14 +135,20 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             if len(prefix) < 8 or length > MAX_HEADER_BYTES:
                 raise WeightsBroken(f"{file} ({file_bytes} bytes) is not a safetensors file")
             _check_length(file, at_least=8 + length)
-            header = json.loads(stream.read(length))
+            return prefix + stream.read(length)
     except OSError as error:
         raise WeightsBroken(f"{file} cannot be read: {error.strerror}") from None
+
+
+def parse_header(file: Path, raw: bytes) -> dict[str, Any]:
+    """The JSON of what `read_header` gave. Raises WeightsBroken."""
+    try:
+        header = json.loads(raw[8:])
     except ValueError:
         raise WeightsBroken(f"{file} has a header that is not JSON") from None
     if not isinstance(header, dict):
         raise WeightsBroken(f"{file} has a header that is not a JSON object")
-    return header, 8 + length
+    return header
 
 
 def _check_length(file: Path, *, at_least: int) -> None:

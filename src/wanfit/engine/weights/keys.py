@@ -134,23 +134,13 @@ def vae_rows(spec: VaeSpec) -> tuple[Row, ...]:
 
 def to_diffusers(name: str, rows: Sequence[Row]) -> str:
     """Their name of our parameter `name`. Raises KeyError when no row has it."""
-    return _translate(name, [(row.ours, row.theirs) for row in rows])
-
-
-def from_diffusers(name: str, rows: Sequence[Row]) -> str:
-    """Our name of their tensor `name`. Raises KeyError when no row has it."""
-    return _translate(name, [(row.theirs, row.ours) for row in rows])
-
-
-def _translate(name: str, pairs: Sequence[tuple[str, str]]) -> str:
-    for source, template in pairs:
-        pattern = re.escape(source).replace(r"\*", r"(\d+)")
-        if not source.endswith("."):
+    for ours, theirs in rows:
+        pattern = re.escape(ours).replace(r"\*", r"(\d+)")
+        if not ours.endswith("."):
             pattern += "$"
         match = re.match(pattern, name)
         if match:
-            target = template
             for number in match.groups():
-                target = target.replace("*", number, 1)
-            return target + name[match.end() :]
+                theirs = theirs.replace("*", number, 1)
+            return theirs + name[match.end() :]
     raise KeyError(name)
