@@ -109,7 +109,7 @@ def test_interrupted_it_says_so_and_continues(
     assert process.returncode == 5, stderr
     assert stderr.splitlines()[-2:] == [
         "note: what was converted is kept; the same command continues there",
-        "error: Interrupted, nothing was written",
+        "error: Interrupted, nothing half-written is left",
     ]
     assert [path.name for path in here.iterdir()] == [".store.partial"]
     ended = wanfit(here, *arguments)

@@ -319,6 +319,48 @@ class TestMemory:
         assert threading.active_count() == threads
         assert not tiny(output=tmp_path / "clip.mp4").retried
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("let_go", [True, False])
+    def test_a_gpu_that_somebody_else_fills(
+        self, random_demo_dir: Path, tmp_path: Path, let_go: bool
+    ) -> None:
+        """All that the budget leaves is taken as denoising begins, so torch really runs out.
+
+        Given back meanwhile, the second attempt makes the clip; else the error says what was held.
+        Either way the budget was kept, and the next job runs.
+        """
+        ballast: list[torch.Tensor] = []
+
+        def fill(event: Event) -> None:
+            if isinstance(event, Notice) and "ran out" in event.message and let_go:
+                ballast.clear()
+            if isinstance(event, StageBegan) and event.stage == "denoise" and not told:
+                told.append(event)
+                size = 1 << 30
+                while size >= 1 << 16:
+                    try:
+                        ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+                    except torch.OutOfMemoryError:
+                        size //= 2
+
+        def clip(name: str, on_event: Callable[[Event], None] | None = None) -> Report:
+            return generate(
+                PROMPT, weights=random_demo_dir, device="cuda", vram="3GiB", steps=2, seed=7,
+                output=tmp_path / name, on_event=on_event,
+            )  # fmt: skip
+
+        told: list[Event] = []
+        if let_go:
+            assert clip("clip.npy", fill).retried
+        else:
+            with pytest.raises(OutOfMemory, match="held then: tensors"):
+                clip("clip.npy", fill)
+            assert nothing_in(tmp_path)
+        ballast.clear()
+        assert not clip("next.npy").retried
+        total = torch.cuda.get_device_properties(0).total_memory
+        assert torch.cuda.get_per_process_memory_fraction() * total < 3 * 2**30
+
     def test_a_budget_that_nothing_fits_is_refused_before_torch_works(
         self, tiny: Generate, tmp_path: Path
     ) -> None:

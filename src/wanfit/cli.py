@@ -19,25 +19,19 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from wanfit.events import Event, Stage
     from wanfit.report import Report
     from wanfit.specs import ModelSpec
 
 EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 5
 TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
 
-LINE_EVERY_S = 5.0  # without a terminal: a line at least so often while steps go by,
-LINE_EVERY_PART = 0.1  # or after each tenth of a stage,
-LINE_AT_MOST_EVERY_S = 1.0  # but not more often than this
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_SIGNAL_S = 2.0  # a second Ctrl-C within this is the same wish, and must not stop the clean-up
 
@@ -73,7 +67,7 @@ def run(arguments: list[str]) -> int:
         code = command.main(args=arguments or ["--help"], prog_name="wanfit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _Interrupted:
-        _say_error(as_json, "interrupted", "Interrupted, nothing was written")
+        _say_error(as_json, "interrupted", "Interrupted, nothing half-written is left")
         return EXIT_INTERRUPTED
     except WanfitError as error:
         _say_error(as_json, error.code, error.message, error.hint)
@@ -214,6 +208,7 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
 ) -> None:
     """Make a clip from PROMPT. Options that are not given take the model's official defaults."""
     from wanfit import service
+    from wanfit.progress import clip_progress
 
     options: dict[str, Any] = {
         "size": size,
@@ -233,7 +228,7 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
         "convert_model_dtype": convert_model_dtype,
         "init_on_cpu": init_on_cpu,
     }
-    with _progress() as progress:
+    with clip_progress() as progress:
         report = service.generate(
             prompt,
             model=model,
@@ -451,102 +446,3 @@ def _describe_model(spec: ModelSpec) -> dict[str, Any]:
         "guidance": {expert: guidance[expert] for expert in spec.experts},
         "weights": str(weights) if weights else None,
     }
-
-
-class _Progress(Protocol):
-    """Shows events to a person, on stderr."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exception: object) -> None: ...
-    def show(self, event: Event) -> None: ...
-
-
-def _progress() -> _Progress:
-    """A bar on a terminal, plain lines otherwise."""
-    return _Bar() if sys.stderr.isatty() else _Lines()
-
-
-class _Lines:
-    """A line as each stage begins, one now and then while its steps go by."""
-
-    def __init__(self) -> None:
-        self._stage_began_s = 0.0
-        self._said_s = 0.0
-        self._said_step = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def show(self, event: Event) -> None:
-        from wanfit.events import Notice, StageBegan, StepDone
-
-        match event:
-            case StageBegan(stage=stage, steps=steps):
-                self._stage_began_s = self._said_s = time.monotonic()
-                self._said_step = 0
-                typer.echo(f"{stage}: {steps} steps" if steps else stage, err=True)
-            case StepDone(stage=stage, step=step, steps=steps):
-                self._step(stage, step, steps)
-            case Notice(message=message):
-                typer.echo(f"note: {message}", err=True)
-
-    def _step(self, stage: Stage, step: int, steps: int) -> None:
-        now_s = time.monotonic()
-        silent_s = now_s - self._said_s
-        far = step - self._said_step >= LINE_EVERY_PART * steps and silent_s >= LINE_AT_MOST_EVERY_S
-        if not far and silent_s < LINE_EVERY_S:
-            return
-        self._said_s, self._said_step = now_s, step
-        left_s = (now_s - self._stage_began_s) / step * (steps - step)
-        typer.echo(f"{stage}: step {step} of {steps}, {left_s:.0f} s left", err=True)
-
-
-class _Bar:
-    """One bar for the stage that runs: its name, steps, and the time that is left."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress: Progress = Progress(
-            TextColumn("{task.description:8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def show(self, event: Event) -> None:
-        from wanfit.events import Notice, StageBegan, StepDone
-
-        match event:
-            case StageBegan(stage=stage, steps=steps):
-                if self._task is not None:
-                    self._progress.remove_task(self._task)
-                self._task = self._progress.add_task(stage, total=steps)
-            case StepDone(step=step):
-                assert self._task is not None, "a step belongs to a stage"
-                self._progress.update(self._task, completed=step)
-            case Notice(message=message):
-                self._progress.console.print(
-                    f"note: {message}", markup=False, highlight=False, soft_wrap=True
-                )

@@ -123,6 +123,6 @@ class OutOfMemory(NoRoom):
 
 
 class DiskFull(NoRoom):
-    """Too little free disk, found before or while writing; nothing half-written is left."""
+    """Too little free disk, found before or while writing; no final name shows half of anything."""
 
     code = "disk_full"

@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from tests.engine.plans import hand_made_plan
+from tests.engine.plans import SMALL_RING, hand_made_plan
 from tests.engine.tiny_models import TINY_T2V, TINY_TI2V, write_tiny
 from wanfit.engine.denoise import route
 from wanfit.engine.pipeline import generate_frames
@@ -75,6 +76,8 @@ def test_where_weights_lie_does_not_change_a_bit(
     for where, num_slots in itertools.product(PLACES, (2, 4)):
         plan = hand_made_plan(request, where=where, num_slots=num_slots)
         assert np.array_equal(clip(plan, path, depot), expected), (where, num_slots)
+    around = hand_made_plan(request, where="mapped", ring=replace(SMALL_RING, direct=True))
+    assert np.array_equal(clip(around, path, depot), expected), "read around the page cache"
     mixed: dict[str, Where] = {"blocks.0": "resident", "blocks.1": "registered"}
     assert np.array_equal(clip(hand_made_plan(request, where=mixed), path, depot), expected)
 

@@ -47,7 +47,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.registered: list[Span] = []  # page-aligned, disjoint, in no order
-        self._direct: int | None = None
+        self.direct: int | None = None  # a descriptor that reads around the page cache, once opened
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._map = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
@@ -57,15 +57,6 @@ class MappedFile:
             # torch warns that nobody must write to it, and nobody does.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def direct_descriptor(self) -> int:
-        """A descriptor that reads around the page cache; the plain one where that is refused."""
-        if self._direct is None:
-            try:
-                self._direct = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            except OSError:  # tmpfs and some network file systems
-                self._direct = self.descriptor
-        return self._direct
 
     def missing(self, start: int, stop: int) -> list[Span]:
         """The page-aligned parts of a range that are not registered yet."""
@@ -97,8 +88,9 @@ class MappedFile:
         del self.bytes
         with suppress(BufferError):  # a view that somebody still holds keeps the mapping alive
             self._map.close()
-        for descriptor in {self.descriptor, self._direct} - {None}:
-            os.close(descriptor)  # type: ignore[arg-type]
+        os.close(self.descriptor)
+        if self.direct is not None:
+            os.close(self.direct)
 
 
 class RingBuffer:
@@ -132,6 +124,7 @@ class Depot:
         self._ring_map: mmap.mmap | None = None
         self._ring_pinned = False
         self._refused = False
+        self._refused_direct = False
 
     @property
     def num_files(self) -> int:
@@ -154,6 +147,22 @@ class Depot:
         if path not in self._files:
             self._files[path] = MappedFile(path)
         return self._files[path]
+
+    def direct_descriptor(self, path: Path) -> int | None:
+        """A descriptor that reads around the page cache.
+
+        None where the file system refuses that, as tmpfs does; a notice says so once.
+        """
+        file = self.file(path)
+        if file.direct is None and not self._refused_direct:
+            try:
+                file.direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                self._refused_direct = True
+                self.notices.append(
+                    f"{path.name} cannot be read around the page cache ({error.strerror})"
+                )
+        return file.direct
 
     def register(self, path: Path, start: int, stop: int) -> bool:
         """Registers a range of a file with CUDA; reads what is not in the page cache yet.

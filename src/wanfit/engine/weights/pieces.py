@@ -87,19 +87,21 @@ def split(piece: Piece, most_bytes: int) -> Iterator[Piece]:
 
 
 @torch.inference_mode()  # as whoever made the buffer; a mode belongs to a thread
-def read_into(buffer: RingBuffer, piece: Piece, file: MappedFile, *, direct: bool) -> Tensor:
+def read_into(buffer: RingBuffer, piece: Piece, file: MappedFile, *, direct: int | None) -> Tensor:
     """Waits for the buffer, fills it, and gives its part that holds the piece, uint8 [num_bytes].
 
-    `direct` reads around the page cache. Raises WeightsBroken when the file cannot be read.
+    direct: a descriptor that reads around the page cache; None: through it. Raises WeightsBroken
+    when the file cannot be read.
     """
     buffer.wait()
     if not piece.is_raw:
         part = buffer.tensor[: piece.num_bytes]
         part.copy_(converted(piece, file))
         return part
-    lead = piece.start % DIRECT_BYTES if direct else 0
-    wanted = align(lead + piece.file_bytes, DIRECT_BYTES) if direct else piece.file_bytes
-    descriptor = file.direct_descriptor() if direct else file.descriptor
+    lead, wanted, descriptor = 0, piece.file_bytes, file.descriptor
+    if direct is not None:
+        lead, descriptor = piece.start % DIRECT_BYTES, direct
+        wanted = align(lead + piece.file_bytes, DIRECT_BYTES)
     done = 0
     try:
         while done < lead + piece.file_bytes:

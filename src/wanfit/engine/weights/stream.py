@@ -271,5 +271,6 @@ class _ReadAhead:
         piece = next(self._pieces, None)
         if piece is not None:
             file = self._depot.file(piece.file)
-            reading = self._readers.submit(read_into, buffer, piece, file, direct=self._plan.direct)
+            direct = self._depot.direct_descriptor(piece.file) if self._plan.direct else None
+            reading = self._readers.submit(read_into, buffer, piece, file, direct=direct)
             self._reading.append((buffer, reading))
