@@ -1,8 +1,9 @@
 """How long each stage takes: FLOPs over rates, bytes over the link, whichever is longer.
 
-Efficiencies were measured on one H100 SXM (torch 2.11): diffusers' eager forward of
-A14B, 1280x720x81 in 12.0 s and 832x480x81 in 3.20 s, which these constants give within 2 %. Other
-cards are scaled by their catalogue figures: an estimate, and the plan says so.
+Efficiencies were measured on one H100 SXM (torch 2.11, eager, 2026-11-23, benchmarks.fit forward):
+A14B 1280x720x81 in 12.75 s and 832x480x81 in 3.51 s, TI2V-5B 1280x704 in 1.130 s (121 frames) and
+0.174 s (25), which these constants give within 2 %. Other cards are scaled by their catalogue
+figures: an estimate, and the plan says so.
 
 Dims: L tokens, D width, F ffn width, S text tokens.
 """
@@ -21,9 +22,9 @@ from wanfit.plan.weights import dit_units
 from wanfit.specs import NUM_TRAIN_TIMESTEPS, TEXT_TOKENS, DitSpec, Expert, Umt5Spec, VaeSpec
 
 # Shares of a card's dense bf16 rate that eager bf16 code reaches; measured, see above.
-LINEAR_SHARE = 0.71  # what a matmul of the FFN's shape reaches alone is 0.75
-ATTENTION_SHARE = 0.57  # default SDPA: 552 to 571 of 989 TFLOP/s
-ELEMENTWISE_BYTES = 250  # of device memory moved per token, channel and block; the remainder
+LINEAR_SHARE = 0.765  # the feed-forward's two products on 8,192 rows: 757 of 989 TFLOP/s
+ATTENTION_SHARE = 0.58  # SDPA (cuDNN) on 75,600 tokens, 8 or 40 heads at a time: 568 to 586
+ELEMENTWISE_BYTES = 465  # of device memory moved per token, channel and block; the remainder
 # The VAE runs in fp32 (TF32 units: half the bf16 rate). To be calibrated; from 4.76 s (2.1) and
 # 6.2 s (2.2) that diffusers' decode took in bf16.
 CONV_SHARE = 0.10
