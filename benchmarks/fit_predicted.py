@@ -80,7 +80,8 @@ def random_jobs(stores: Stores, machine: Machine, scratch: Path) -> tuple[list[J
         job = job_for(name, paths[spec.name, precision], spec, size, frames, scratch)
         budgets = {
             "vram": 12 * GB if is_anchor else round(GB * 3 * 12 ** draw.random()),  # 3 to 36 GB
-            "ram": 60 * GB if is_anchor else round(GB * 8 * 12 ** draw.random()),  # 8 to 96 GB
+            # 8 to 32 GB: what is registered is given back when the next job has another model.
+            "ram": 24 * GB if is_anchor else round(GB * 8 * 4 ** draw.random()),
         }
         job["options"] |= {"num_inference_steps": 1, **budgets}
         if _plans(job["options"], spec, precision, machine):
