@@ -35,13 +35,13 @@ from wanfit.geometry import Geometry, geometry_of
 from wanfit.plan.machine import read_machine
 from wanfit.plan.plan import Cuts, Placement, Plan, Precision, Ring, Streaming
 from wanfit.plan.planner import make_plan
+from wanfit.plan.weights import ONCE_UNITS
 from wanfit.request import VideoRequest, resolve
 from wanfit.specs import T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec
 
 Way = Literal["resident", "registered", "ring", "plan"]
 WAYS: tuple[Way, ...] = get_args(Way)
 EXPERT: Literal["high_noise"] = "high_noise"
-ONCE_UNITS = ("text_embed", "time_embed", "time_project")
 TIMESTEP = 700.0
 
 
@@ -317,7 +317,7 @@ def _say_figures(bench: _Bench, measured: Mapping[Way, _Way]) -> None:
 def _least_bytes(bench: _Bench) -> int:
     """Two blocks, the residual stream in fp32, and q, k, v: what this way of computing must hold.
 
-    (brief of the design: u = L D 2 bytes; the attention's output takes the place of q.)
+    The attention's output takes the place of q.
     """
     layouts = bench.files.entries(EXPERT)
     block = sum(e.num_bytes for name, e in layouts.items() if name.startswith("blocks.0."))

@@ -37,7 +37,7 @@ from torch import Tensor
 from wanfit.engine.ops.linear import FP8_MAX
 from wanfit.engine.tokenizer import TOKENIZER_FILE
 from wanfit.engine.weights.configs import Json
-from wanfit.engine.weights.layout import REST, UnitLayout, join_name, network_layouts, views
+from wanfit.engine.weights.layout import UnitLayout, join_name, network_layouts, views
 from wanfit.engine.weights.networks import network_names, on_meta
 from wanfit.engine.weights.recognise import STORE_FILE, STORE_PRECISIONS
 from wanfit.engine.weights.store import (
@@ -49,6 +49,7 @@ from wanfit.engine.weights.store import (
     store_json,
 )
 from wanfit.plan.plan import NetworkName, Precision
+from wanfit.plan.weights import REST
 from wanfit.specs import ModelSpec, spec_named
 
 NUM_NORMALS = (1 << 24) + 43  # a prime: rows of a matrix never line up with its repeats

@@ -19,13 +19,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from wanfit.engine.weights.recognise import MODEL_INDEX, STORE_FILE
 from wanfit.errors import BadOption, DoesNotFit, OutOfMemory, WeightsMissing
 from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone, WeightsMoved
 from wanfit.media import ContactSheet, Output, VideoWriter, check_output, check_sheet, read_image
 from wanfit.plan.amounts import parse_bytes, show_bytes
 from wanfit.plan.bytes import CUDA_CONTEXT_BYTES
+from wanfit.plan.command import read_precision
 from wanfit.plan.machine import Machine, read_machine
 from wanfit.plan.plan import Plan, Precision
 from wanfit.plan.planner import make_plan
@@ -43,9 +45,7 @@ if TYPE_CHECKING:
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"  # ships in the package; model_index.json is in it
 DEFAULT_DIRECTORY = Path("outputs")
-PRECISIONS = ("auto", "fp32", "bf16", "fp8")
-MODEL_INDEXES = ("model_index.json", "wanfit.json")  # of a diffusers directory, of our store
-# torch's allocator then grows and shrinks its blocks; figures in benchmarks/RESULTS.md.
+# torch's allocator then grows and shrinks its blocks. Not yet measured against the others.
 ALLOCATOR_VARIABLE, ALLOCATOR = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
 TIGHTER = 0.85  # ours: of the budget, for the one retry after memory ran out
 LARGE_FILE_BYTES = 1 << 30  # ours: a smaller one is in no disk's steady state
@@ -110,7 +110,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     place = check_output(default_output(resolved) if output is None else output)
     device = _known_device(device)
     directory = _weights_directory(spec, weights)
-    stored, wanted = _stored_precision(directory), _known_precision(precision)
+    stored, wanted = _stored_precision(directory), read_precision(precision)
     if wanted == "fp8" != stored:
         raise BadOption(
             f"precision is fp8, and the weights in {str(directory)!r} are not",
@@ -189,8 +189,9 @@ def _weights_directory(spec: ModelSpec, weights: str | Path | None) -> Path:
         raise WeightsMissing(f"The weights of {spec.name} are not here", hint=hint)
     if not directory.is_dir():
         raise WeightsMissing(f"There is no weights directory {str(directory)!r}", hint=hint)
-    if not any((directory / index).is_file() for index in MODEL_INDEXES):
-        raise WeightsMissing(f"{str(directory)!r} has no {' or '.join(MODEL_INDEXES)}", hint=hint)
+    indexes = (MODEL_INDEX, STORE_FILE)
+    if not any((directory / index).is_file() for index in indexes):
+        raise WeightsMissing(f"{str(directory)!r} has no {' or '.join(indexes)}", hint=hint)
     return directory
 
 
@@ -200,12 +201,6 @@ def _known_device(device: str) -> str:
     return device
 
 
-def _known_precision(precision: str) -> Precision | Literal["auto"]:
-    if precision not in PRECISIONS:
-        raise BadOption(f"precision is {precision!r}, not one of {', '.join(PRECISIONS)}")
-    return cast("Precision | Literal['auto']", precision)
-
-
 def _budget(amount: str | int | None, option: str) -> int | None:
     return parse_bytes(amount, option=option) if isinstance(amount, str) else amount
 
@@ -213,11 +208,11 @@ def _budget(amount: str | int | None, option: str) -> int | None:
 def _stored_precision(directory: Path) -> Precision | None:
     """That of a store; None for a directory in diffusers layout, or an index that says nothing."""
     try:
-        index = json.loads((directory / "wanfit.json").read_text(encoding="utf-8"))
+        index = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # the engine opens the directory next, and says what is wrong with it
     precision = index.get("precision") if isinstance(index, dict) else None
-    return precision if precision in PRECISIONS[1:] else None
+    return precision if precision in get_args(Precision) else None
 
 
 def _run(order: _Order, on_event: OnEvent | None, depot: Depot | None, began_s: float) -> Report:
@@ -243,7 +238,7 @@ def _run(order: _Order, on_event: OnEvent | None, depot: Depot | None, began_s: 
             held.release()
             devices.empty_cache(device)
             if not retried:
-                plan = _tighter(order, wrong)
+                plan = _tighter(order, plan, wrong)
                 _tell(on_event, f"Memory ran out ({wrong}); trying again within less")
         raise _out_of_memory(plan, wrong)
     finally:
@@ -275,12 +270,11 @@ def _new_depot(device: torch.device) -> Depot:
     return Depot(device)
 
 
-def _tighter(order: _Order, wrong: str) -> Plan:
-    budget_bytes = int(order.plan.vram_budget_bytes * TIGHTER)
+def _tighter(order: _Order, plan: Plan, wrong: str) -> Plan:
     try:
-        return order.replan(budget_bytes, order.plan.device)
+        return order.replan(int(plan.vram_budget_bytes * TIGHTER), plan.device)
     except DoesNotFit:
-        raise _out_of_memory(order.plan, wrong) from None
+        raise _out_of_memory(plan, wrong) from None
 
 
 def _out_of_memory(plan: Plan, wrong: str) -> OutOfMemory:

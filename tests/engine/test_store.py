@@ -22,13 +22,14 @@ from wanfit.engine.ops.linear import Linear, quantise
 from wanfit.engine.weights import verify
 from wanfit.engine.weights.convert import convert_model
 from wanfit.engine.weights.files import ModelFiles, map_file, tensor_at
-from wanfit.engine.weights.layout import ALIGN_BYTES, join_name, network_layouts
+from wanfit.engine.weights.layout import join_name, network_layouts
 from wanfit.engine.weights.networks import network_names, on_meta
 from wanfit.engine.weights.open import open_model
 from wanfit.engine.weights.store import StoreIndex, header_checksum, read_index
 from wanfit.engine.weights.verify import IdleCheck, verify_units
 from wanfit.errors import WeightsBroken, WeightsError, WeightsMismatch, WeightsMissing
 from wanfit.plan.plan import NetworkName, Precision
+from wanfit.plan.weights import ALIGN_BYTES
 from wanfit.specs import Expert
 
 CPU = torch.device("cpu")

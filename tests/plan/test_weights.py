@@ -11,9 +11,10 @@ from torch import nn
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
-from wanfit.engine.weights.layout import ALIGN_BYTES, network_layouts
+from wanfit.engine.weights.layout import network_layouts
 from wanfit.plan import weights
 from wanfit.plan.plan import Precision
+from wanfit.plan.weights import ALIGN_BYTES
 from wanfit.specs import MODELS, ModelSpec
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -35,5 +36,10 @@ def test_units_have_the_bytes_of_the_real_networks(spec: ModelSpec, precision: P
     assert {weights.REST: weights.vae_bytes(spec.vae, precision)} == real_units(vae, precision)
 
 
-def test_alignment_is_that_of_the_layout() -> None:
-    assert weights.ALIGN_BYTES == ALIGN_BYTES
+def test_every_tensor_of_a_layout_is_aligned() -> None:
+    """At multiples of 256 bytes, the alignment that both sums count with."""
+    assert ALIGN_BYTES == 256
+    with torch.device("meta"):
+        layouts = network_layouts(Dit(MODELS[0].dit), "fp8").values()
+    assert all(place.offset % 256 == 0 for layout in layouts for place in layout.places)
+    assert all(layout.num_bytes % 256 == 0 for layout in layouts)

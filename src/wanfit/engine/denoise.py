@@ -21,6 +21,7 @@ from wanfit.engine.schedule import make_schedule, make_solver
 from wanfit.engine.weights.stream import Visit
 from wanfit.events import StepDone
 from wanfit.geometry import Geometry
+from wanfit.plan.weights import ONCE_UNITS, block_names
 from wanfit.request import ResolvedRequest
 from wanfit.specs import NUM_TRAIN_TIMESTEPS, Expert, ModelSpec
 
@@ -77,9 +78,9 @@ def phases(request: ResolvedRequest) -> list[Phase]:
 
 def route(request: ResolvedRequest) -> Iterator[Visit]:
     """The units that `denoise` asks for, in its order: what the streamer prefetches along."""
-    blocks = [f"blocks.{i}" for i in range(request.spec.dit.num_blocks)]
+    blocks = block_names(request.spec.dit.num_blocks)
     for phase in phases(request):
-        for unit in ("text_embed", "time_embed", "time_project"):
+        for unit in ONCE_UNITS:
             yield phase.expert, unit
         for _ in range(len(phase.timesteps) * phase.passes):
             for block in blocks:

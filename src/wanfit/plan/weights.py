@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 from wanfit.plan.plan import Precision
 from wanfit.specs import DitSpec, Umt5Spec, VaeSpec
 
-ALIGN_BYTES = 256  # of engine.weights.layout
-REST = "rest"  # likewise: the unit of all that is in no other
+ALIGN_BYTES = 256  # what CUDA's allocator aligns to, and enough for every vectorised load
+REST = "rest"  # the unit of all tensors in no other: small, and always on the device
 FP8_BYTES, BF16_BYTES, FP32_BYTES = 1, 2, 4
 LOW_BYTES: Mapping[Precision, int] = {"fp32": FP32_BYTES, "bf16": BF16_BYTES, "fp8": BF16_BYTES}
 # The Dit's units that each job uses once per expert, since all timesteps go through them together.

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from wanfit.engine.weights.files import ModelFiles
 from wanfit.engine.weights.lanes import Mark
-from wanfit.engine.weights.layout import align
 from wanfit.engine.weights.verify import IdleCheck
 from wanfit.errors import WeightsBroken
 from wanfit.plan.plan import Ring
+from wanfit.plan.weights import align
 
 PAGE_BYTES = mmap.PAGESIZE
 DIRECT_BYTES = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of

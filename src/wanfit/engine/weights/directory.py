@@ -34,14 +34,8 @@ from wanfit.engine.weights.configs import FOLDERS, Component, Json
 from wanfit.engine.weights.files import Entries, ModelFiles
 from wanfit.engine.weights.headers import TensorEntry, component_entries
 from wanfit.engine.weights.keys import DIT, UMT5, Row, to_diffusers, vae_rows
-from wanfit.engine.weights.networks import (
-    AnyNetwork,
-    listed,
-    network_names,
-    on_meta,
-    shapes_of,
-    stays_fp32,
-)
+from wanfit.engine.weights.layout import stays_fp32
+from wanfit.engine.weights.networks import AnyNetwork, listed, network_names, on_meta, shapes_of
 from wanfit.engine.weights.recognise import MODEL_INDEX, check_configs
 from wanfit.errors import BadOutput, WeightsBroken, WeightsMismatch, WeightsMissing
 from wanfit.plan.plan import NetworkName

@@ -20,8 +20,8 @@ from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
 from wanfit.engine.tokenizer import TextTokenizer
 from wanfit.engine.weights.headers import TensorEntry
-from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout
-from wanfit.engine.weights.networks import on_meta, stays_fp32
+from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, stays_fp32
+from wanfit.engine.weights.networks import on_meta
 from wanfit.errors import WeightsBroken, WeightsMismatch
 from wanfit.plan.plan import NetworkName, Precision
 from wanfit.specs import Expert, ModelSpec

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from wanfit.plan.plan import Precision
+from wanfit.plan.weights import ONCE_UNITS, REST, TOKEN_EMBED, align
 
-ALIGN_BYTES = 256  # what CUDA's allocator aligns to, and enough for every vectorised load
-REST = "rest"  # the unit of all tensors that are in no other: small, and always on the device
 # These are units of their own; all others of their network are blocks, or in REST.
-_OWN_UNITS = ("token_embed", "text_embed", "time_embed", "time_project")
+_OWN_UNITS = (TOKEN_EMBED, *ONCE_UNITS)
 _UNIT = re.compile(rf"(?P<unit>blocks\.\d+|{'|'.join(_OWN_UNITS)})\.(?P<inner>.+)")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -72,7 +71,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> UnitLayout:
     for name, dtype, shape in tensors:
         place = Place(name, dtype, tuple(shape), offset)
         places.append(place)
-        offset = align(offset + place.num_bytes, ALIGN_BYTES)
+        offset = align(offset + place.num_bytes)
     return UnitLayout(tuple(places), offset)
 
 
@@ -91,8 +90,8 @@ def network_layouts(network: nn.Module, precision: Precision) -> dict[str, UnitL
             tensors.append((inner, "F8_E4M3", shape))
             tensors.append((f"{inner.removesuffix('weight')}scale", "F32", (shape[0], 1)))
         else:
-            fp32 = any(part in name for part in fp32_parameters(network))
-            tensors.append((inner, "F32" if fp32 else PRECISION_DTYPES[precision], shape))
+            dtype = "F32" if stays_fp32(network, name) else PRECISION_DTYPES[precision]
+            tensors.append((inner, dtype, shape))
     return {unit: lay_out(tensors) for unit, tensors in units.items()}
 
 
@@ -102,10 +101,10 @@ def is_fp8(network: nn.Module, parameter: str) -> bool:
     return parameter.startswith("blocks.") and parameter.endswith(ends)
 
 
-def fp32_parameters(network: nn.Module) -> tuple[str, ...]:
-    """Parts of names of the parameters that stay fp32 in every precision."""
+def stays_fp32(network: nn.Module, parameter: str) -> bool:
+    """Whether this parameter is fp32 in every precision."""
     parts: tuple[str, ...] = getattr(network, "FP32_PARAMETERS", ())
-    return parts
+    return any(part in parameter for part in parts)
 
 
 def views(flat: Tensor, layout: UnitLayout) -> dict[str, Tensor]:
@@ -116,8 +115,3 @@ def views(flat: Tensor, layout: UnitLayout) -> dict[str, Tensor]:
         .view(place.shape)
         for place in layout.places
     }
-
-
-def align(value: int, to: int) -> int:
-    """The next multiple of `to`."""
-    return -(-value // to) * to

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
-from wanfit.engine.weights.layout import UnitLayout, fp32_parameters, network_layouts
+from wanfit.engine.weights.layout import UnitLayout, network_layouts
 from wanfit.plan.plan import NetworkName, Precision
 from wanfit.specs import ModelSpec
 
@@ -53,11 +53,6 @@ def _layouts(
 def shapes_of(network: AnyNetwork) -> dict[str, tuple[int, ...]]:
     """Our parameter name -> its shape."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def stays_fp32(network: AnyNetwork, name: str) -> bool:
-    """Whether this parameter is fp32 in every precision."""
-    return any(part in name for part in fp32_parameters(network))
 
 
 def listed(names: list[str]) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from wanfit.engine.weights.depot import DIRECT_BYTES, Depot, MappedFile, RingBuffer
 from wanfit.engine.weights.headers import TensorEntry
-from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, align, join_name
+from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, join_name
 from wanfit.errors import WeightsBroken, WeightsMismatch
+from wanfit.plan.weights import align
 
 
 class Piece(NamedTuple):

@@ -17,19 +17,11 @@ from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
 from wanfit.engine.weights.depot import Depot
 from wanfit.engine.weights.files import ModelFiles, tensor_at
-from wanfit.engine.weights.layout import (
-    PRECISION_DTYPES,
-    REST,
-    TORCH_DTYPES,
-    UnitLayout,
-    network_layouts,
-    views,
-)
-from wanfit.engine.weights.networks import AnyNetwork, on_meta
+from wanfit.engine.weights.layout import PRECISION_DTYPES, TORCH_DTYPES, UnitLayout, views
+from wanfit.engine.weights.networks import AnyNetwork, layouts_of, on_meta
 from wanfit.engine.weights.pieces import Piece, pieces_of, read_unit
 from wanfit.plan.plan import NetworkName, Precision
-
-TOKEN_EMBED = "token_embed"
+from wanfit.plan.weights import REST, TOKEN_EMBED
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +77,7 @@ def streamed_network(
     network = on_meta(files.spec, name).requires_grad_(False).eval()
     entries = files.entries(name)
     units = []
-    for unit_name, layout in network_layouts(network, precision).items():
+    for unit_name, layout in layouts_of(files.spec, name, precision).items():
         if unit_name == TOKEN_EMBED:
             assert isinstance(network, Umt5)
             entry = entries[f"{TOKEN_EMBED}.weight"]
