@@ -23,6 +23,8 @@ from wanfit.request import VideoRequest, resolve
 from wanfit.specs import I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec
 
 NUM_JOBS, ANCHOR_EVERY = 100, 10
+SAME_MODEL = 4  # jobs in a row with one model: each change reads tens of GB anew
+NUM_STEPS = 2
 MOST_TOKENS = 34_000  # of a random case: 832x480x81 has 32,760
 LEAST_TOKENS = 300
 SEED = 4
@@ -33,9 +35,10 @@ ANCHOR_SHAPE = ((640, 368), 17)  # (width, height), frames
 
 
 def predicted(stores: Stores, limit_s: float) -> None:
-    """A hundred clips of one step in one process, each planned within random budgets.
+    """A hundred clips of two steps in one process, each planned within random budgets.
 
-    Weights are holes: zeros take the same bytes everywhere. Every tenth clip is the same one.
+    Two steps, so that both experts of a model have one. Weights are holes: zeros take the same
+    bytes everywhere. Every tenth clip is the same one.
     """
     until_s = time.perf_counter() + limit_s
     machine = read_machine()
@@ -72,9 +75,12 @@ def random_jobs(stores: Stores, machine: Machine, scratch: Path) -> tuple[list[J
         paths = {(s.name, p): stores.get(s, p, "hollow") for s, p in kinds}
     jobs: list[Job] = []
     refused = 0
+    kind = ANCHOR
     while len(jobs) < NUM_JOBS:
         is_anchor = len(jobs) % ANCHOR_EVERY == 0
-        spec, precision = ANCHOR if is_anchor else draw.choice(kinds)
+        if len(jobs) % SAME_MODEL == 0:
+            kind = draw.choice(kinds)
+        spec, precision = ANCHOR if is_anchor else kind
         size, frames = ANCHOR_SHAPE if is_anchor else _random_shape(draw, spec)
         name = f"{'anchor' if is_anchor else 'random'} {len(jobs)}"
         job = job_for(name, paths[spec.name, precision], spec, size, frames, scratch)
@@ -83,7 +89,7 @@ def random_jobs(stores: Stores, machine: Machine, scratch: Path) -> tuple[list[J
             # 8 to 32 GB: what is registered is given back when the next job has another model.
             "ram": 24 * GB if is_anchor else round(GB * 8 * 4 ** draw.random()),
         }
-        job["options"] |= {"num_inference_steps": 1, **budgets}
+        job["options"] |= {"num_inference_steps": NUM_STEPS, **budgets}
         if _plans(job["options"], spec, precision, machine):
             jobs.append(job)
         else:
@@ -110,7 +116,7 @@ def _plans(
 ) -> bool:
     request = VideoRequest(
         prompt=PROMPT, model=spec.name, width=options["width"], height=options["height"],
-        num_frames=options["num_frames"], num_inference_steps=1,
+        num_frames=options["num_frames"], num_inference_steps=NUM_STEPS,
     )  # fmt: skip
     with_image = bool(options.get("with_image"))
     try:

@@ -22,7 +22,7 @@ from wanfit.request import ResolvedRequest
 from wanfit.specs import TEXT_TOKENS, DitSpec, Umt5Spec
 
 # Calibrated on one H100 80GB HBM3 (driver 580.159, torch 2.11+cu130, cuDNN 9.19, expandable
-# segments), 2026-11-23, by 33 random clips: python -m benchmarks.fit predicted.
+# segments), 2026-11-24, by 46 random clips: python -m benchmarks.fit predicted.
 # CUDA's context and what its libraries load (used on the card, not by torch): 806 to 817 MB.
 CUDA_CONTEXT_BYTES = 820_000_000
 # What torch's allocator holds beside our tensors: cuBLAS' workspaces (about 40 MB) and unfinished
@@ -31,9 +31,11 @@ ALLOCATOR_BYTES = 70_000_000
 DENOISE_GAPS = 0.06  # of "working": 10 to 120 MB in all
 # Of the decoder's "activations": 0.08 to 0.19 and 0.41 to 0.44. The encoder leaves none.
 DECODE_GAPS: Mapping[str, float] = {"2.1": 0.16, "2.2": 0.42}
-# Interpreter, torch, CUDA's libraries and its context, resident: 1.74 to 1.83 GB once all have been
+# Interpreter, torch, CUDA's libraries and its context, resident: 1.63 to 1.73 GB once all have been
 # used; 1.2 GB before cuDNN's first convolution.
-HOST_BASE_CUDA_BYTES = 1_810_000_000
+HOST_BASE_CUDA_BYTES = 1_715_000_000
+# What a decoder adds to it: 0.01 to 0.02 GB, and 0.10 to 0.12 GB.
+HOST_DECODE_CUDA_BYTES: Mapping[str, int] = {"2.1": 15_000_000, "2.2": 110_000_000}
 # Measured on 2026-11-23 on 2 cores (torch 2.13, CPU build): `wanfit generate` of the demo peaks at
 # 418 MB of resident memory while decoding, 91 of them named below. The CUDA build has more.
 HOST_BASE_CPU_BYTES = 340_000_000
@@ -200,7 +202,7 @@ def image_host(shape: Shape) -> Mapping[str, int]:
     return {"picture": 3 * shape.request.width * shape.request.height * (1 + 2 * FP32_BYTES)}
 
 
-def decode_host(shape: Shape, tile_px: int | None) -> Mapping[str, int]:
+def decode_host(shape: Shape, tile_px: int | None, device: str) -> Mapping[str, int]:
     """Frames on their way into the file, and the encoder."""
     request = shape.request
     px = request.width * request.height
@@ -210,12 +212,23 @@ def decode_host(shape: Shape, tile_px: int | None) -> Mapping[str, int]:
     return {
         "frames": frames,
         "video encoder": int(ENCODER_FRAMES * ENCODER_BYTES_PER_PX * px),
+        **(
+            {"decoder": HOST_DECODE_CUDA_BYTES[request.spec.vae.generation]}
+            if device != "cpu"
+            else {}
+        ),
     }
 
 
 def token_rows(shape: Shape, token_embed_bytes: int) -> int:
-    """Pages of the embedding table that the texts touch in the mapping."""
-    return min(token_embed_bytes, shape.num_texts * TEXT_TOKENS * TOKEN_ROW_BYTES)
+    """Pages of the embedding table that the texts touch in the mapping.
+
+    A token stands for one character at least, and one more ends a text.
+    """
+    request = shape.request
+    texts = (request.prompt, request.negative_prompt)[: shape.num_texts]
+    tokens = sum(min(TEXT_TOKENS, len(text) + 1) for text in texts)
+    return min(token_embed_bytes, tokens * TOKEN_ROW_BYTES)
 
 
 def heads_at_a_time(dit: DitSpec, num_tokens: int) -> int:

@@ -169,7 +169,7 @@ def host_extra(case: Case, stage: Stage, tile_px: int | None) -> dict[str, int]:
         case "denoise":
             return {"noise": shape.latent_bytes}
         case "decode":
-            return dict(costs.decode_host(shape, tile_px))
+            return dict(costs.decode_host(shape, tile_px, case.device))
 
 
 def host_parts(

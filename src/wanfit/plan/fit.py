@@ -44,7 +44,7 @@ from wanfit.plan.seconds import Rates, Traffic
 from wanfit.plan.weights import ONCE_UNITS, REST, TOKEN_EMBED, block_names, dit_units, umt5_units
 
 MOST_SLOTS = 4  # ours: more would hold blocks that nobody waits for
-PIECE_BYTES = 64 << 20  # ours: large enough for the link's and the disk's full rate
+PIECE_BYTES = 16 << 20  # ours: large enough for the link's and the disk's full rate
 RING_PIECES = (8, 4, 2)
 MOST_READERS = 8
 # Kept free of registered pages, which nobody can reclaim: past the limit the kernel kills us.
@@ -140,7 +140,7 @@ def _vae_shortfall(case: Case, ring: Ring, tile_px: int | None) -> Shortfall | N
         if short is not None:
             return short
     device = costs.decode_device(shape, tile_px)
-    return shortfall(case, ring, "decode", device, costs.decode_host(shape, tile_px))
+    return shortfall(case, ring, "decode", device, costs.decode_host(shape, tile_px, case.device))
 
 
 # --- the transformer ---------------------------------------------------------------------------
