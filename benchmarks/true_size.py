@@ -37,8 +37,9 @@ from torch import Tensor
 from wanfit.engine.ops.linear import FP8_MAX
 from wanfit.engine.tokenizer import TOKENIZER_FILE
 from wanfit.engine.weights.configs import Json
+from wanfit.engine.weights.keys import network_names
 from wanfit.engine.weights.layout import UnitLayout, join_name, network_layouts, views
-from wanfit.engine.weights.networks import network_names, on_meta
+from wanfit.engine.weights.networks import on_meta
 from wanfit.engine.weights.recognise import STORE_FILE, STORE_PRECISIONS
 from wanfit.engine.weights.store import (
     NO_CHECKSUM,

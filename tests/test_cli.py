@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.test_media import png_header
 from wanfit import cli, errors, service
-from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
+from wanfit.errors import BadRequest, DownloadFailed, NoRoom, WanfitError, WeightsError
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.specs import MODELS
 
@@ -84,6 +84,9 @@ class TestStart:
             ["--help"],
             ["--version"],
             ["generate", "--help"],
+            ["convert", "--help"],
+            ["pull", "--help"],
+            ["pull", "demo"],
             ["models"],
             ["models", "--json"],
             ["generate", "x", "--frames", "6"],
@@ -119,7 +122,6 @@ class TestStart:
             assert spec.name in table
         a14b = next(about for about in listed if about["model"] == "t2v-a14b")
         assert a14b["guidance"] == {"high_noise": 4.0, "low_noise": 3.0}
-        assert a14b["weights"] is None
         assert "832x480" in a14b["sizes"]
 
 
@@ -287,10 +289,17 @@ class TestBadWeights:
         assert json.loads(ended.stdout)["error"]["code"] == code
         assert nothing_in(here)
 
-    def test_a_model_whose_weights_are_not_here(self, here: Path) -> None:
+    def test_a_model_whose_weights_are_not_here(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for variable in ("HF_HOME", "XDG_DATA_HOME"):
+            monkeypatch.setenv(variable, str(here))
+        for variable in ("WANFIT_MODELS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            monkeypatch.delenv(variable, raising=False)
         line = only_error(wanfit(here, "generate", "a cat", "--model", "t2v-a14b"), 4)
-        assert "t2v-a14b" in line
-        assert "--weights DIR" in line
+        assert "The weights of t2v-a14b are not here" in line
+        assert "wanfit pull t2v-a14b" in line
+        assert "--weights PATH" in line
         assert nothing_in(here)
 
 
@@ -405,6 +414,7 @@ class TestExitCodes:
     def test_every_leaf_of_the_error_tree_is_mapped(self) -> None:
         assert errors.BadSize in leaves(WanfitError)
         for leaf in leaves(WanfitError):
-            (branch,) = {BadRequest, NoRoom, WeightsError} & set(leaf.__mro__)
-            code = {BadRequest: 2, NoRoom: 3, WeightsError: 4}[branch]
+            codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6}
+            (branch,) = set(codes) & set(leaf.__mro__)
+            code = codes[branch]
             assert cli.exit_code(leaf("message")) == code

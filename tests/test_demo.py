@@ -20,7 +20,7 @@ from training import shapes
 from training.analyser import ClipSeen, ObjectSeen, analyse
 from wanfit import generate
 from wanfit.engine.models.tiles import join_bands
-from wanfit.engine.weights.directory import open_directory
+from wanfit.engine.weights.open import open_model
 from wanfit.service import DEMO_DIRECTORY
 from wanfit.specs import DEMO
 
@@ -105,7 +105,7 @@ def test_other_sizes_and_lengths(tmp_path: Path) -> None:
 
 def test_tiles_of_a_trained_autoencoder_blend_into_the_same_picture() -> None:
     """Encoded and decoded in tiles of 96 px, a clip of 160x128 is that of the whole to 30 dB."""
-    vae = open_directory(DEMO_DIRECTORY, DEMO).load_vae(torch.device("cpu"), torch.float32)
+    vae = open_model(DEMO_DIRECTORY, DEMO).load_vae(torch.device("cpu"), torch.float32)
     rows = shapes.sample_attributes(1, torch.Generator().manual_seed(8))
     frames = shapes.render(rows, 5, 128, 160)
     with torch.inference_mode():

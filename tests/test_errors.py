@@ -8,7 +8,14 @@ import re
 import pytest
 
 from wanfit import errors
-from wanfit.errors import BadRequest, BadSize, NoRoom, WanfitError, WeightsError
+from wanfit.errors import (
+    BadRequest,
+    BadSize,
+    DownloadFailed,
+    NoRoom,
+    WanfitError,
+    WeightsError,
+)
 
 
 def descend(parent: type[WanfitError]) -> list[type[WanfitError]]:
@@ -38,7 +45,7 @@ def test_every_class_has_a_code_of_its_own_and_says_when_it_happens() -> None:
 
 def test_every_leaf_is_one_of_the_kinds_that_the_edges_map() -> None:
     assert len(LEAVES) >= 12
-    kinds = (BadRequest, WeightsError, NoRoom)
+    kinds = (BadRequest, WeightsError, NoRoom, DownloadFailed)
     assert all(sum(issubclass(leaf, kind) for kind in kinds) == 1 for leaf in LEAVES)
 
 

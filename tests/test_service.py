@@ -24,6 +24,7 @@ import wanfit
 from tests.engine.tiny_models import TINY_I2V, TINY_TI2V
 from wanfit.engine.weights.convert import convert_model
 from wanfit.engine.weights.depot import Depot
+from wanfit.engine.weights.open import open_model
 from wanfit.errors import (
     BadFrameCount,
     BadImage,
@@ -250,10 +251,10 @@ class TestRefusals:
         self, tiny: Generate, tmp_path: Path, tiny_model_dir: Path
     ) -> None:
         (tmp_path / "empty").mkdir()
-        for weights, hint in ((None, "are not here"), (tmp_path / "empty", "no model_index.json")):
+        for weights, hint in ((None, "are not here"), (tmp_path / "empty", "has no transformer")):
             with pytest.raises(WeightsMissing, match=hint) as raised:
                 tiny(output=tmp_path / "clip.mp4", weights=weights)
-            assert "--weights" in raised.value.hint
+            assert "wanfit pull" in raised.value.hint
         with pytest.raises(WeightsMismatch):
             generate("x", output=tmp_path / "clip.mp4", weights=tiny_model_dir, model="demo")
         assert [path.name for path in tmp_path.iterdir()] == ["empty"]
@@ -383,7 +384,7 @@ class TestMemory:
     def test_a_store_is_checked_between_jobs(self, tmp_path: Path, tiny_model_dir: Path) -> None:
         """A flipped byte is found while nothing runs, and told before a later clip begins."""
         store = tmp_path / "store"
-        convert_model(tiny_model_dir, store, TINY_TI2V, "bf16")
+        convert_model(open_model(tiny_model_dir, TINY_TI2V), store, "bf16")
         depot = Depot(torch.device("cpu"), check_idle=True)
 
         def call(name: str) -> Report:

@@ -1,9 +1,9 @@
-"""The command line: `wanfit generate`, `wanfit plan`, `wanfit convert`, `wanfit models`.
+"""The command line: `wanfit generate` and `wanfit plan`; `commands` has the others.
 
 An edge: it reads arguments and the environment, draws progress, and maps errors to exit codes:
 
     0 done · 1 our fault · 2 bad request · 3 does not fit: memory or disk
-    4 weights missing or broken · 5 interrupted
+    4 weights missing or broken · 5 interrupted · 6 the hub did not give the model
 
 stdout carries the result only: the path of the clip, or with --json one JSON object (the report,
 or {"error": {"code", "message", "hint"}}). Everything else goes to stderr, an error as one line.
@@ -12,24 +12,23 @@ This module imports nothing heavy, so that `wanfit --help` answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from wanfit.errors import BadRequest, NoRoom, WanfitError, WeightsError
+from wanfit.commands import Interrupted, checkpoints, say_json
+from wanfit.errors import BadRequest, DownloadFailed, NoRoom, WanfitError, WeightsError
 
 if TYPE_CHECKING:
     from wanfit.report import Report
-    from wanfit.specs import ModelSpec
 
-EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 5
+EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS = 1, 2, 3, 4
+EXIT_INTERRUPTED, EXIT_DOWNLOAD = 5, 6
 TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -44,10 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class _Interrupted(BaseException):
-    """A signal asked us to stop. Not KeyboardInterrupt, which typer turns into exit code 130."""
 
 
 def main() -> NoReturn:
@@ -66,7 +61,7 @@ def run(arguments: list[str]) -> int:
         command = typer.main.get_command(app)
         code = command.main(args=arguments or ["--help"], prog_name="wanfit", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except _Interrupted:
+    except Interrupted:
         _say_error(as_json, "interrupted", "Interrupted, nothing half-written is left")
         return EXIT_INTERRUPTED
     except WanfitError as error:
@@ -96,6 +91,8 @@ def exit_code(error: WanfitError) -> int:
             return EXIT_NO_ROOM
         case WeightsError():
             return EXIT_WEIGHTS
+        case DownloadFailed():
+            return EXIT_DOWNLOAD
         case _:
             return EXIT_OUR_FAULT
 
@@ -104,11 +101,7 @@ def _say_error(as_json: bool, code: str, message: str, hint: str = "") -> None:
     line = " ".join(f"{message}. {hint}".split() if hint else message.split())
     typer.echo(f"error: {line}", err=True)
     if as_json:
-        _say_json({"error": {"code": code, "message": message, "hint": hint}})
-
-
-def _say_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2))
+        say_json({"error": {"code": code, "message": message, "hint": hint}})
 
 
 def _stop_on_signals() -> None:
@@ -123,7 +116,7 @@ def _stop_on_signals() -> None:
         now_s = time.monotonic()
         if now_s - last_s >= SAME_SIGNAL_S:
             last_s = now_s
-            raise _Interrupted
+            raise Interrupted
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -188,7 +181,11 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     weights: Annotated[
         str | None,
-        typer.Option(help="A store, or a model directory in diffusers layout.", metavar="DIR"),
+        typer.Option(
+            help="A store, a model directory of any layout, or a file in one."
+            " Default: the best that wanfit models shows.",
+            metavar="PATH",
+        ),
     ] = None,
     output: Annotated[
         str | None,
@@ -245,7 +242,7 @@ def generate(  # noqa: PLR0913  one parameter per option is how typer reads a co
             **flags,
         )
     if as_json:
-        _say_json(report.to_json())
+        say_json(report.to_json())
     else:
         if any(flag is not None for flag in flags.values()):
             for note in report.plan.notes:
@@ -262,59 +259,6 @@ def _summary(report: Report) -> str:
         f" {settings['fps']} fps, seed {settings['seed']}, {report.total_s:.1f} s on"
         f" {report.device} in {report.precision}{sheet}"
     )
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Model directory in diffusers layout.", metavar="DIR", show_default=False
-        ),
-    ],
-    output: Annotated[
-        str, typer.Option(help="A new directory, or a store to replace.", metavar="DIR")
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Which model it is. Default: what its files say.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="Of the transformers: bf16 or fp8.")] = "bf16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Write the model in DIR as a store, which streams best. Stopped, it continues where it was."""
-    from wanfit.engine.weights.partial import check_target
-    from wanfit.engine.weights.recognise import recognise, store_precision
-    from wanfit.progress import byte_progress
-    from wanfit.specs import spec_named
-
-    stored = store_precision(precision)
-    spec = recognise(Path(source)) if model is None else spec_named(model)
-    check_target(Path(source), Path(output))
-
-    from wanfit.engine.weights.convert import convert_model
-
-    try:
-        with byte_progress() as progress:
-            report = convert_model(
-                Path(source),
-                Path(output),
-                spec,
-                stored,
-                lambda step: progress.show(step.network, step.done_bytes, step.total_bytes),
-            )
-    except _Interrupted:
-        typer.echo("note: what was converted is kept; the same command continues there", err=True)
-        raise
-    about = report.to_json()
-    if as_json:
-        _say_json(about)
-        return
-    typer.echo(
-        f"{spec.name} in {stored}: {about['store_bytes'] / 1e9:.2f} GB in {report.total_s:.1f} s,"
-        f" {about['mb_per_s']:.0f} MB/s",
-        err=True,
-    )
-    typer.echo(report.output)
 
 
 @app.command()
@@ -373,7 +317,7 @@ def plan(  # noqa: PLR0913  as generate
     if gpu == "all":
         offers = command.plan_all(asked, price)
         if as_json:
-            _say_json(command.offers_json(offers))
+            say_json(command.offers_json(offers))
         else:
             command.print_offers(asked, offers, priced=price is not None)
         if not any(offer.plan for offer in offers):
@@ -382,7 +326,7 @@ def plan(  # noqa: PLR0913  as generate
     place = command.machine_for(asked, gpu, machine)
     made = command.plan_one(asked, place)
     if as_json:
-        _say_json(command.plan_json(made, place))
+        say_json(command.plan_json(made, place))
     else:
         command.print_plan(made, place)
 
@@ -396,53 +340,6 @@ def _image_size(image: str | None) -> tuple[int, int] | None:
     return read_image(image).size
 
 
-@app.command()
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
-) -> None:
-    """List the models, and whose weights are here."""
-    from wanfit.specs import MODELS
-
-    if as_json:
-        _say_json({"models": [_describe_model(spec) for spec in MODELS]})
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = ("model", "task", "sizes", "frames", "fps", "steps", "guidance", "weights here")
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    for spec in MODELS:
-        about = _describe_model(spec)
-        table.add_row(
-            spec.name,
-            spec.task,
-            "\n".join(about["sizes"]),
-            str(about["num_frames"]),
-            str(about["fps"]),
-            str(about["num_inference_steps"]),
-            " / ".join(str(scale) for scale in about["guidance"].values()),
-            "yes" if about["weights"] else "no",
-        )
-    Console().print(table)
-
-
-def _describe_model(spec: ModelSpec) -> dict[str, Any]:
-    from wanfit.service import weights_here
-
-    sampling = spec.sampling
-    guidance = {"high_noise": sampling.guidance_high, "low_noise": sampling.guidance_low}
-    weights = weights_here(spec)
-    return {
-        "model": spec.name,
-        "summary": spec.summary,
-        "task": spec.task,
-        "sizes": [f"{width}x{height}" for width, height in spec.presets],
-        "num_frames": sampling.num_frames,
-        "fps": sampling.fps,
-        "num_inference_steps": sampling.num_inference_steps,
-        "shift": sampling.shift,
-        "solver": sampling.solver,
-        "guidance": {expert: guidance[expert] for expert in spec.experts},
-        "weights": str(weights) if weights else None,
-    }
+app.command()(checkpoints.models)
+app.command()(checkpoints.pull)
+app.command()(checkpoints.convert)

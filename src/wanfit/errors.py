@@ -12,14 +12,19 @@
     │   ├── WeightsMissing    files that the model needs are not there
     │   ├── WeightsBroken     a file is truncated, or does not hold what its header says
     │   └── WeightsMismatch   whole files, but of another model
-    └── NoRoom                the machine has too little of something
-        ├── DoesNotFit        the plan needs more memory than the budget, so nothing was begun
-        ├── OutOfMemory       memory ran out although the plan said that it fits
-        └── DiskFull          the disk has too little free space for what would be written
+    ├── NoRoom                the machine has too little of something
+    │   ├── DoesNotFit        the plan needs more memory than the budget, so nothing was begun
+    │   ├── OutOfMemory       memory ran out although the plan said that it fits
+    │   └── DiskFull          the disk has too little free space for what would be written
+    └── DownloadFailed        the model could not be brought from the hub
+        ├── NoAccess          the hub does not let this token, or nobody without one, read it
+        ├── NotOnHub          the hub has no such repository, revision or file
+        ├── HubFailed         the hub, or the way to it, did not answer as it should, several times
+        └── BadDownload       what came is not what the hub lists: another length or checksum
 
 `message` says what happened, with both numbers where there are two; `hint` says what to do about
 it. `code` is stable and meant for programs. Nothing here knows about exit codes or HTTP: the edges
-map the three branches (and a test holds that every leaf is mapped).
+map the four branches (and a test holds that every leaf is mapped).
 """
 
 from __future__ import annotations
@@ -126,3 +131,33 @@ class DiskFull(NoRoom):
     """Too little free disk, found before or while writing; no final name shows half of anything."""
 
     code = "disk_full"
+
+
+class DownloadFailed(WanfitError):
+    """A model could not be brought from the hub; what came so far is kept for the next try."""
+
+    code = "download_failed"
+
+
+class NoAccess(DownloadFailed):
+    """The hub refuses: no token, a wrong one, or terms that its owner has not accepted."""
+
+    code = "no_access"
+
+
+class NotOnHub(DownloadFailed):
+    """No repository, revision or file of that name is on the hub."""
+
+    code = "not_on_hub"
+
+
+class HubFailed(DownloadFailed):
+    """The hub could not be reached, was too busy or went silent, for as long as we tried."""
+
+    code = "hub_failed"
+
+
+class BadDownload(DownloadFailed):
+    """A file came with another length or checksum than the hub lists, and was thrown away."""
+
+    code = "bad_download"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 5.0  # without a terminal: a line at least so often while work goes on,
 LINE_EVERY_PART = 0.1  # or after each tenth of a clip's stage,
 LINE_AT_MOST_EVERY_S = 1.0  # but not more often than this
+MOST_CHARS = 40  # ours: of what a bar is about
 
 
 class ClipProgress(Protocol):
@@ -121,7 +122,10 @@ class _ClipBar(_Bar):
 
 
 class ByteProgress(Protocol):
-    """Enter it, then say how far the work is as often as you like."""
+    """Enter it, then say how far the work is as often as you like.
+
+    Another total is another piece of work: a download, then its conversion.
+    """
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: object) -> None: ...
@@ -141,6 +145,7 @@ class _ByteLines:
         self._began_bytes = 0
         self._said_s = 0.0
         self._what = ""
+        self._total_bytes = -1
 
     def __enter__(self) -> Self:
         return self
@@ -150,29 +155,42 @@ class _ByteLines:
 
     def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
         now_s = time.monotonic()
-        if not self._what:
+        if total_bytes != self._total_bytes:
             self._began_s, self._began_bytes = now_s, done_bytes
         elif what == self._what and now_s - self._said_s < LINE_EVERY_S:
             return
-        self._what, self._said_s = what, now_s
+        self._what, self._said_s, self._total_bytes = what, now_s, total_bytes
         line = f"{what}: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
         gained_bytes = done_bytes - self._began_bytes
-        if gained_bytes and now_s > self._began_s:
-            left_s = (now_s - self._began_s) / gained_bytes * (total_bytes - done_bytes)
-            line += f", {left_s:.0f} s left"
+        if gained_bytes > 0 and now_s > self._began_s:
+            bytes_per_s = gained_bytes / (now_s - self._began_s)
+            left_s = (total_bytes - done_bytes) / bytes_per_s
+            line += f", {bytes_per_s / 1e6:.0f} MB/s, {left_s:.0f} s left"
         typer.echo(line, err=True)
 
 
 class _ByteBar(_Bar):
-    """One bar for the whole: what is at work, bytes, speed, and the time that is left."""
+    """One bar for the work at hand: what it is, bytes, speed, and the time that is left."""
 
     def __init__(self) -> None:
         from rich.progress import DownloadColumn, TransferSpeedColumn
 
         super().__init__(DownloadColumn(), TransferSpeedColumn())
+        self._total_bytes = -1
 
     def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        if self._task is not None and total_bytes != self._total_bytes:
+            self._progress.remove_task(self._task)
+            self._task = None
         if self._task is None:
             # What an earlier run did is not this run's speed, so the bar begins there.
-            self._task = self._progress.add_task(what, total=total_bytes, completed=done_bytes)
-        self._progress.update(self._task, description=what, completed=done_bytes)
+            self._task = self._progress.add_task(
+                _brief(what), total=total_bytes, completed=done_bytes
+            )
+            self._total_bytes = total_bytes
+        self._progress.update(self._task, description=_brief(what), completed=done_bytes)
+
+
+def _brief(what: str) -> str:
+    """A long name of a file with its middle left out, so that the bar has room."""
+    return what if len(what) <= MOST_CHARS else f"{what[:14]}...{what[17 - MOST_CHARS :]}"

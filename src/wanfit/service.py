@@ -4,12 +4,11 @@ Whatever can be refused is refused first, in milliseconds: the request, the imag
 write, the absence of weights, a machine that is too small. Only then is torch imported and the
 first weight read. The pipeline is a generator of events; this module drives it, so progress,
 cancelling (any exception raised by `on_event`, or a signal) and measuring need nothing from the
-engine. Left out: queues, downloads; later issues bring them.
+engine. Left out: queues, which a later issue brings; `pull` downloads.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -19,22 +18,23 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from wanfit.engine.weights.recognise import MODEL_INDEX, STORE_FILE
-from wanfit.errors import BadOption, DoesNotFit, OutOfMemory, WeightsMissing
+from wanfit.engine.weights import search
+from wanfit.engine.weights.locate import Located, locate
+from wanfit.errors import BadOption, DoesNotFit, OutOfMemory
 from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone, WeightsMoved
 from wanfit.media import ContactSheet, Output, VideoWriter, check_output, check_sheet, read_image
 from wanfit.plan.amounts import parse_bytes, show_bytes
 from wanfit.plan.bytes import CUDA_CONTEXT_BYTES
 from wanfit.plan.command import read_precision
 from wanfit.plan.machine import Machine, read_machine
-from wanfit.plan.plan import Plan, Precision
+from wanfit.plan.plan import Plan
 from wanfit.plan.planner import make_plan
 from wanfit.plan.rates import measure_disk, remember_rates
 from wanfit.report import Report, Started
 from wanfit.request import ResolvedRequest, VideoRequest, resolve
-from wanfit.specs import DEMO, ModelSpec, spec_named
+from wanfit.specs import ModelSpec, spec_named
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from wanfit.engine.meter import Meter
     from wanfit.engine.weights.depot import Depot
 
-DEMO_DIRECTORY = Path(__file__).parent / "demo"  # ships in the package; model_index.json is in it
+DEMO_DIRECTORY = search.DEMO_DIRECTORY
 DEFAULT_DIRECTORY = Path("outputs")
 # torch's allocator then grows and shrinks its blocks: 12 to 15 % less reserved while denoising than
 # by default, 3 to 11 % less while decoding; cudaMallocAsync lies between (benchmarks/RESULTS.md).
@@ -64,7 +64,7 @@ class _Order:
     output: Output
     sheet: Path | None
     device: str
-    weights: Path
+    weights: Located
     replan: Callable[[int | None, str], Plan]  # for a VRAM budget and a device
 
 
@@ -89,7 +89,8 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     prompt: what to show; or a whole VideoRequest, which then excludes `options`.
     output: a .mp4, .gif or .npy file, or a directory for PNG frames; None: a new file in outputs/.
     image: the first frame, for models that take one: a path, the bytes of a file, or a picture.
-    weights: a model directory in diffusers layout or a store; None: the one in the package.
+    weights: a store, a model directory of any layout, or a file in one; None: the best that
+    is on this machine (`weights.locate`).
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
     precision: "fp32", "bf16", "fp8" or "auto" (bf16 on CUDA, fp32 on the CPU, fp8 if stored so).
     vram, ram: the most bytes to hold, as a number or as "12GiB"; None: nearly all that is free.
@@ -110,14 +111,15 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
     device = _known_device(device)
-    directory = _weights_directory(spec, weights)
-    stored, wanted = _stored_precision(directory), read_precision(precision)
+    wanted = read_precision(precision)
+    model = locate(spec, weights, wanted)
+    stored = model.precision
     if wanted == "fp8" != stored:
         raise BadOption(
-            f"precision is fp8, and the weights in {str(directory)!r} are not",
+            f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    machine = read_machine(weights=directory)
+    machine = read_machine(weights=model.path)
     ram_bytes = _budget(ram, "ram")
 
     def plan_within(vram_bytes: int | None, device: str) -> Plan:
@@ -138,12 +140,14 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
         output=place,
         sheet=_sheet_path(contact_sheet, place),
         device=device,
-        weights=directory,
+        weights=model,
         replan=plan_within,
     )
+    if model.notice:
+        _tell(on_event, model.notice)
     report = _run(order, on_event, depot, began_s)
     if report.plan.device == "cuda":
-        _learn_rates(machine, directory)
+        _learn_rates(machine, model)
     return report
 
 
@@ -158,13 +162,6 @@ def default_output(request: ResolvedRequest, directory: Path = DEFAULT_DIRECTORY
         path = directory / f"{stem}-{count}.mp4"
         count += 1
     return path
-
-
-def weights_here(spec: ModelSpec) -> Path | None:
-    """The model directory that serves `spec` without being named; None when there is none."""
-    if spec == DEMO and (DEMO_DIRECTORY / "model_index.json").is_file():
-        return DEMO_DIRECTORY
-    return None
 
 
 def _request(prompt: str | VideoRequest, options: dict[str, Any]) -> VideoRequest:
@@ -182,20 +179,6 @@ def _sheet_path(contact_sheet: bool | str | Path, output: Output) -> Path | None
     return check_sheet(path)
 
 
-def _weights_directory(spec: ModelSpec, weights: str | Path | None) -> Path:
-    """A directory that has a model_index.json; what it holds is the engine's to check."""
-    directory = weights_here(spec) if weights is None else Path(weights)
-    hint = "Give a store, or a model directory in diffusers layout (--weights DIR)"
-    if directory is None:
-        raise WeightsMissing(f"The weights of {spec.name} are not here", hint=hint)
-    if not directory.is_dir():
-        raise WeightsMissing(f"There is no weights directory {str(directory)!r}", hint=hint)
-    indexes = (MODEL_INDEX, STORE_FILE)
-    if not any((directory / index).is_file() for index in indexes):
-        raise WeightsMissing(f"{str(directory)!r} has no {' or '.join(indexes)}", hint=hint)
-    return directory
-
-
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise BadOption(f"device is {device!r}, not one of auto, cpu, cuda, cuda:N")
@@ -204,16 +187,6 @@ def _known_device(device: str) -> str:
 
 def _budget(amount: str | int | None, option: str) -> int | None:
     return parse_bytes(amount, option=option) if isinstance(amount, str) else amount
-
-
-def _stored_precision(directory: Path) -> Precision | None:
-    """That of a store; None for a directory in diffusers layout, or an index that says nothing."""
-    try:
-        index = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # the engine opens the directory next, and says what is wrong with it
-    precision = index.get("precision") if isinstance(index, dict) else None
-    return precision if precision in get_args(Precision) else None
 
 
 def _run(order: _Order, on_event: OnEvent | None, depot: Depot | None, began_s: float) -> Report:
@@ -248,16 +221,16 @@ def _run(order: _Order, on_event: OnEvent | None, depot: Depot | None, began_s: 
         devices.empty_cache(device)
 
 
-def _learn_rates(machine: Machine, directory: Path) -> None:
+def _learn_rates(machine: Machine, weights: Located) -> None:
     """Measures what the planner had to assume of this machine, once: about a second in all."""
     from wanfit.engine.device import measure_link
 
     if machine.gpu_uuid is not None and machine.link_source != "measured":
         remember_rates(gpu_uuid=machine.gpu_uuid, link_bytes_per_s=measure_link())
     if machine.disk_source == "assumed":
-        largest = max(directory.rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+        largest = weights.largest_file()
         if largest.stat().st_size >= LARGE_FILE_BYTES:
-            remember_rates(place=directory, disk_bytes_per_s=measure_disk(largest))
+            remember_rates(place=weights.path, disk_bytes_per_s=measure_disk(largest))
 
 
 def _tell(on_event: OnEvent | None, message: str) -> None:
@@ -300,16 +273,17 @@ def _attempt(
     from wanfit.engine.device import device_name, limit_memory
     from wanfit.engine.meter import Meter, process_age_s
     from wanfit.engine.pipeline import generate_frames
-    from wanfit.engine.weights.open import open_model
 
     request, device = plan.request, depot.device
     age_s = process_age_s() - (time.perf_counter() - began_s)  # of the process, at the call
     limit_memory(device, plan.vram_budget_bytes - CUDA_CONTEXT_BYTES)
-    files = open_model(order.weights, request.spec)
+    files = order.weights.open()
 
     settings = request.describe()
     tags = {**settings, "precision": plan.precision, "wanfit": version()}
     tally = _Tally(Meter(device), ContactSheet(request.num_frames))
+    if order.weights.notice:
+        tally.notices.append(order.weights.notice)
     events = generate_frames(plan, files, order.image, depot)
     with (
         depot.use(files),
@@ -333,7 +307,7 @@ def _attempt(
         contact_sheet=order.sheet,
         num_frames=tally.num_frames,
         settings=settings,
-        weights=order.weights,
+        weights=order.weights.path,
         device=device_name(device),
         precision=plan.precision,
         stages=tally.meter.finish(),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from wanfit.engine.weights.keys import network_names
 from wanfit.engine.weights.layout import network_layouts
-from wanfit.engine.weights.networks import network_names, on_meta
+from wanfit.engine.weights.networks import on_meta
 from wanfit.plan.plan import Cuts, NetworkName, Placement, Plan, Precision, Ring, Streaming, Where
 from wanfit.request import ResolvedRequest
 from wanfit.specs import ModelSpec

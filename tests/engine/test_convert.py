@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.engine.tiny_models import TINY_T2V, TinyModel, write_tiny
 from wanfit.engine.weights import convert, writer
 from wanfit.engine.weights.configs import dit_config, model_index
-from wanfit.engine.weights.convert import ConvertStep, convert_model
-from wanfit.engine.weights.directory import open_directory
+from wanfit.engine.weights.convert import ConvertReport, ConvertStep, OnStep, convert_model
 from wanfit.engine.weights.keys import DIT, to_diffusers
 from wanfit.engine.weights.networks import on_meta, shapes_of
 from wanfit.engine.weights.open import open_model
@@ -59,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def whole(source: TinyModel) -> Path:
     """The store that an undisturbed convert of `source` to bf16 writes."""
     path = source.path.parent / "whole"
-    convert_model(source.path, path, TINY_T2V, "bf16")
+    _convert(source.path, path, "bf16")
     return path
 
 
@@ -77,7 +76,7 @@ def test_every_dtype_converts_as_it_loads(
 ) -> None:
     """The rest of the weights is rounded once, from what the source has, as a load in bf16 does."""
     model = write_tiny(tmp_path / "source", TINY_T2V, dtype=dtype)
-    convert_model(model.path, tmp_path / "store", TINY_T2V, precision)
+    _convert(model.path, tmp_path / "store", precision)
     expected, opened = open_model(model.path, TINY_T2V), open_model(tmp_path / "store", TINY_T2V)
     for network in ("umt5", "low_noise"):
         entries = opened.entries(network)
@@ -105,25 +104,25 @@ def test_shards_and_pieces_change_nothing(
 ) -> None:
     sharded = Path(shutil.copytree(source.path, tmp_path / "sharded"))
     _shard(sharded / f"{DIT_STEM}.safetensors", 3)
-    convert_model(sharded, tmp_path / "pieces", TINY_T2V, precision)
+    _convert(sharded, tmp_path / "pieces", precision)
     monkeypatch.undo()
-    convert_model(source.path, tmp_path / "whole", TINY_T2V, precision)
+    _convert(source.path, tmp_path / "whole", precision)
     assert _snapshot(tmp_path / "pieces") == _snapshot(tmp_path / "whole")
 
 
 def test_a_bf16_store_converts_to_the_fp8_store_of_its_source(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "source", TINY_T2V, dtype=torch.bfloat16)
-    convert_model(model.path, tmp_path / "bf16", TINY_T2V, "bf16")
-    convert_model(model.path, tmp_path / "direct", TINY_T2V, "fp8")
-    convert_model(tmp_path / "bf16", tmp_path / "fp8", TINY_T2V, "fp8")
+    _convert(model.path, tmp_path / "bf16", "bf16")
+    _convert(model.path, tmp_path / "direct", "fp8")
+    _convert(tmp_path / "bf16", tmp_path / "fp8", "fp8")
     assert _snapshot(tmp_path / "fp8") == _snapshot(tmp_path / "direct")
     with pytest.raises(BadOption, match="is a store in fp8"):
-        convert_model(tmp_path / "fp8", tmp_path / "again", TINY_T2V, "bf16")
+        _convert(tmp_path / "fp8", tmp_path / "again", "bf16")
 
 
 def test_progress_counts_every_byte_once(source: TinyModel, tmp_path: Path) -> None:
     steps: list[ConvertStep] = []
-    report = convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16", steps.append)
+    report = _convert(source.path, tmp_path / "store", "bf16", steps.append)
     done = [step.done_bytes for step in steps]
     assert done == sorted(set(done))
     written_bytes = {
@@ -152,9 +151,7 @@ class TestMemory:
         _write_hollow(tmp_path / "source", spec)
         block = [
             entry.num_bytes
-            for name, entry in open_directory(tmp_path / "source", spec)
-            .entries("high_noise")
-            .items()
+            for name, entry in open_model(tmp_path / "source", spec).entries("high_noise").items()
             if name.startswith("blocks.0.")
         ]
         assert sum(block) > 300e6
@@ -164,6 +161,7 @@ class TestMemory:
             from tests.engine.tiny_models import TINY_T2V
             from wanfit.engine.ops.linear import quantise
             from wanfit.engine.weights.convert import convert_model
+            from wanfit.engine.weights.open import open_model
             import torch
 
             def resident_bytes(field):
@@ -179,10 +177,8 @@ class TestMemory:
             before = resident_bytes("VmRSS")
             open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
             for precision in ("bf16", "fp8"):
-                convert_model(
-                    Path({str(tmp_path / "source")!r}), Path({str(tmp_path)!r}) / precision,
-                    spec, precision,
-                )
+                source = open_model(Path({str(tmp_path / "source")!r}), spec)
+                convert_model(source, Path({str(tmp_path)!r}) / precision, precision)
             print(resident_bytes("VmHWM") - before)
             """
         )
@@ -204,7 +200,7 @@ class TestStopped:
         target = tmp_path / "store"
         _stop_at(part, source, target)
         assert not target.exists()
-        report = convert_model(source.path, target, TINY_T2V, "bf16")
+        report = _convert(source.path, target, "bf16")
         assert least <= report.resumed_bytes / sum(report.files.values()) <= part
         assert _snapshot(target) == _snapshot(whole)
         assert [path.name for path in tmp_path.iterdir()] == ["store"]
@@ -249,9 +245,9 @@ class TestStopped:
                 (partial / "journal").write_text("x" + text, encoding="utf-8")
             case "file":
                 os.truncate(partial / "store" / "high_noise.safetensors", 5000)
-        report = convert_model(path, target, TINY_T2V, _precision(precision))
+        report = _convert(path, target, _precision(precision))
         assert report.resumed_bytes == 0
-        convert_model(path, tmp_path / "expected", TINY_T2V, _precision(precision))
+        _convert(path, tmp_path / "expected", _precision(precision))
         assert _snapshot(target) == _snapshot(tmp_path / "expected")
 
     def test_a_half_written_line_of_the_journal_is_not_believed(
@@ -261,7 +257,7 @@ class TestStopped:
         _stop_at(0.6, source, target)
         journal = tmp_path / ".store.partial/journal"
         os.truncate(journal, journal.stat().st_size - 4)
-        report = convert_model(source.path, target, TINY_T2V, "bf16")
+        report = _convert(source.path, target, "bf16")
         assert report.resumed_bytes > 0
         assert _snapshot(target) == _snapshot(whole)
 
@@ -270,7 +266,7 @@ class TestStopped:
             PartialStore(tmp_path / "store", "a job"),
             pytest.raises(BadOutput, match="is being written by another process"),
         ):
-            convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16")
+            _convert(source.path, tmp_path / "store", "bf16")
 
     def test_a_source_that_changes_meanwhile_is_not_believed(
         self, source: TinyModel, tmp_path: Path
@@ -281,7 +277,7 @@ class TestStopped:
             os.utime(path / f"{DIT_STEM}.safetensors")
 
         with pytest.raises(WeightsBroken, match="was changed while it was read"):
-            convert_model(path, tmp_path / "store", TINY_T2V, "bf16", touch)
+            _convert(path, tmp_path / "store", "bf16", touch)
         assert not (tmp_path / "store").exists()
 
 
@@ -292,7 +288,7 @@ class TestDisk:
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6, 400_000))
         with pytest.raises(DiskFull, match="and the disk of") as raised:
-            convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16")
+            _convert(source.path, tmp_path / "store", "bf16")
         assert "(983040 bytes)" in raised.value.message
         assert "(400000 bytes)" in raised.value.message
         assert list(tmp_path.iterdir()) == []
@@ -319,9 +315,9 @@ class TestDisk:
         with monkeypatch.context() as patched:
             patched.setattr(os, "write", write)
             with pytest.raises(DiskFull, match="is full"):
-                convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16")
+                _convert(source.path, tmp_path / "store", "bf16")
         assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
-        report = convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16")
+        report = _convert(source.path, tmp_path / "store", "bf16")
         assert 0 < report.resumed_bytes < 250_000
         assert _snapshot(tmp_path / "store") == _snapshot(whole)
 
@@ -357,6 +353,7 @@ class TestDisk:
             from tests.engine.tiny_models import TINY_T2V
             from wanfit.engine.weights import writer
             from wanfit.engine.weights.convert import convert_model
+            from wanfit.engine.weights.open import open_model
             from wanfit.errors import DiskFull
             writer.SYNC_BYTES = 1
             disk, source = Path({str(disk)!r}), Path({str(source.path)!r})
@@ -372,14 +369,14 @@ class TestDisk:
                             pass
 
             try:
-                convert_model(source, disk / "store", TINY_T2V, "bf16", fill)
+                convert_model(open_model(source, TINY_T2V), disk / "store", "bf16", fill)
             except DiskFull as error:
                 assert "0.00 GB free" in error.message, error
             else:
                 raise AssertionError("there was room")
             assert not (disk / "store").exists()
             ballast.unlink()
-            report = convert_model(source, disk / "store", TINY_T2V, "bf16")
+            report = convert_model(open_model(source, TINY_T2V), disk / "store", "bf16")
             assert report.resumed_bytes > 0
             for path in Path({str(whole)!r}).rglob("*.*"):
                 relative = path.relative_to({str(whole)!r})
@@ -409,13 +406,13 @@ class TestTarget:
     ) -> None:
         target = tmp_path / "store"
         other = write_tiny(tmp_path / "other", TINY_T2V, seed=8)
-        convert_model(other.path, target, TINY_T2V, "bf16")
+        _convert(other.path, target, "bf16")
         before = _snapshot(target)
         with monkeypatch.context() as patched:
             patched.setattr(convert, "PIECE_ELEMENTS", 100)
             _stop_at(0.6, source, target)
         assert _snapshot(target) == before
-        convert_model(source.path, target, TINY_T2V, "bf16")
+        _convert(source.path, target, "bf16")
         assert _snapshot(target) == _snapshot(whole)
         assert not (tmp_path / ".store.partial").exists()
 
@@ -444,10 +441,10 @@ class TestTarget:
             if killed:  # nothing of ours runs after a kill, so nothing is cleaned up either
                 patched.setattr(PartialStore, "_put_back", lambda self: None)
             with pytest.raises(KeyboardInterrupt):
-                convert_model(source.path, target, TINY_T2V, "bf16")
+                _convert(source.path, target, "bf16")
         assert (target / "mark").exists() != killed
         steps: list[ConvertStep] = []
-        report = convert_model(source.path, target, TINY_T2V, "bf16", steps.append)
+        report = _convert(source.path, target, "bf16", steps.append)
         assert report.resumed_bytes == sum(report.files.values())
         assert steps == []
         assert _snapshot(target) == _snapshot(whole)
@@ -455,7 +452,7 @@ class TestTarget:
 
     def test_an_empty_directory_may_be_filled(self, source: TinyModel, tmp_path: Path) -> None:
         (tmp_path / "store").mkdir()
-        convert_model(source.path, tmp_path / "store", TINY_T2V, "bf16")
+        _convert(source.path, tmp_path / "store", "bf16")
         open_model(tmp_path / "store", TINY_T2V)
 
     def test_through_a_link_the_store_it_names_is_replaced(
@@ -463,7 +460,7 @@ class TestTarget:
     ) -> None:
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "real")
-        convert_model(source.path, tmp_path / "link", TINY_T2V, "bf16")
+        _convert(source.path, tmp_path / "link", "bf16")
         assert (tmp_path / "link").is_symlink()
         assert _snapshot(tmp_path / "real") == _snapshot(whole)
 
@@ -473,10 +470,10 @@ class TestTarget:
         (tmp_path / "holiday/photo.jpg").write_text("dear", encoding="utf-8")
         for target in (tmp_path / "photo.jpg", tmp_path / "holiday"):
             with pytest.raises(BadOutput, match="is there and is not a store"):
-                convert_model(source.path, target, TINY_T2V, "bf16")
+                _convert(source.path, target, "bf16")
         for target in (source.path, source.path.parent):
             with pytest.raises(BadOutput, match="holds the source"):
-                convert_model(source.path, target, TINY_T2V, "bf16")
+                _convert(source.path, target, "bf16")
         with pytest.raises(BadOutput, match="is a mount point"):
             check_target(source.path, Path("/proc"))
         assert (tmp_path / "holiday/photo.jpg").read_text(encoding="utf-8") == "dear"
@@ -484,10 +481,10 @@ class TestTarget:
     def test_where_nothing_can_be_written(self, source: TinyModel, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(BadOutput, match="Cannot write"):
-            convert_model(source.path, tmp_path / "file" / "store", TINY_T2V, "bf16")
+            _convert(source.path, tmp_path / "file" / "store", "bf16")
         for length in (250, 300):  # without room for our suffix, and too long itself
             with pytest.raises(BadOutput, match="File name too long"):
-                convert_model(source.path, tmp_path / ("x" * length), TINY_T2V, "bf16")
+                _convert(source.path, tmp_path / ("x" * length), "bf16")
 
 
 class TestSource:
@@ -523,7 +520,7 @@ class TestSource:
                 os.truncate(path / f"{DIT_STEM}.safetensors", 30_000)
 
         with pytest.raises(WeightsBroken, match=r"has 30000 bytes, and .* lies up to \d+"):
-            convert_model(path, tmp_path / "store", TINY_T2V, "bf16", cut)
+            _convert(path, tmp_path / "store", "bf16", cut)
         assert not (tmp_path / "store").exists()
 
 
@@ -542,6 +539,7 @@ _IMPORTS = "import sys\nfrom pathlib import Path\n"
 _KILLED = """
     from tests.engine.tiny_models import TINY_T2V
     from wanfit.engine.weights import convert, writer
+    from wanfit.engine.weights.open import open_model
     convert.PIECE_ELEMENTS, writer.SYNC_BYTES = 100, 1
     real_wait = writer.UnitWriter._wait
 
@@ -550,8 +548,14 @@ _KILLED = """
         print("a unit", flush=True)
 
     writer.UnitWriter._wait = wait
-    convert.convert_model(Path({source!r}), Path({target!r}), TINY_T2V, "bf16")
+    convert.convert_model(open_model(Path({source!r}), TINY_T2V), Path({target!r}), "bf16")
     """
+
+
+def _convert(
+    source: Path, target: Path, precision: Precision, on_step: OnStep | None = None
+) -> ConvertReport:
+    return convert_model(open_model(source, TINY_T2V), target, precision, on_step)
 
 
 def _stop_at(part: float, source: TinyModel, target: Path) -> None:
@@ -560,7 +564,7 @@ def _stop_at(part: float, source: TinyModel, target: Path) -> None:
             raise _Stop
 
     with pytest.raises(_Stop):
-        convert_model(source.path, target, TINY_T2V, "bf16", stop)
+        _convert(source.path, target, "bf16", stop)
 
 
 def _precision(name: str) -> Precision:

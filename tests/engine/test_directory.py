@@ -32,8 +32,9 @@ from wanfit.engine.weights.configs import (
     umt5_config,
     vae_config,
 )
-from wanfit.engine.weights.directory import file_tensors, open_directory, write_directory
+from wanfit.engine.weights.directory import file_tensors, write_directory
 from wanfit.engine.weights.networks import AnyNetwork
+from wanfit.engine.weights.open import open_model
 from wanfit.errors import BadOutput, WeightsBroken, WeightsMismatch, WeightsMissing
 from wanfit.specs import I2V_A14B, MODELS, T2V_A14B, TI2V_5B, Expert, ModelSpec
 
@@ -55,7 +56,7 @@ def copy(written: TinyModel, tmp_path: Path) -> Path:
 
 def test_what_is_written_is_read_back(written: TinyModel) -> None:
     """Bit by bit in fp32; each expert gets its own weights."""
-    opened = open_directory(written.path, TINY_T2V)
+    opened = open_model(written.path, TINY_T2V)
     _assert_same(opened.load_umt5(CPU, torch.float32), written.umt5)
     _assert_same(opened.load_vae(CPU, torch.float32), written.vae)
     for expert in EXPERTS:
@@ -64,14 +65,14 @@ def test_what_is_written_is_read_back(written: TinyModel) -> None:
 
 
 def test_networks_come_without_gradients_in_eval_mode(written: TinyModel) -> None:
-    dit = open_directory(written.path, TINY_T2V).load_dit("high_noise", CPU, torch.float32)
+    dit = open_model(written.path, TINY_T2V).load_dit("high_noise", CPU, torch.float32)
     assert not dit.training
     assert not any(parameter.requires_grad for parameter in dit.parameters())
 
 
 def test_bf16_keeps_in_fp32_what_the_network_says(written: TinyModel) -> None:
     """Read in bf16 from fp32 files: all but Dit.FP32_PARAMETERS, which lose nothing."""
-    dit = open_directory(written.path, TINY_T2V).load_dit("high_noise", CPU, torch.bfloat16)
+    dit = open_model(written.path, TINY_T2V).load_dit("high_noise", CPU, torch.bfloat16)
     original = dict(written.dits["high_noise"].named_parameters())
     for name, parameter in dit.named_parameters():
         kept = any(part in name for part in Dit.FP32_PARAMETERS)
@@ -81,7 +82,7 @@ def test_bf16_keeps_in_fp32_what_the_network_says(written: TinyModel) -> None:
 
 def test_written_in_bf16_the_kept_parts_lose_nothing(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "i2v", TINY_I2V, dtype=torch.bfloat16)
-    dit = open_directory(model.path, TINY_I2V).load_dit("low_noise", CPU, torch.float32)
+    dit = open_model(model.path, TINY_I2V).load_dit("low_noise", CPU, torch.float32)
     written_dit = model.dits["low_noise"]
     assert torch.equal(dit.head.modulation, written_dit.head.modulation)
     assert torch.equal(dit.head.linear.weight, written_dit.head.linear.weight.bfloat16().float())
@@ -118,7 +119,7 @@ def test_what_diffusers_writes_is_read(written: TinyModel, tmp_path: Path) -> No
     pipeline.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     shards = sorted((tmp_path / "saved/transformer").glob("*.safetensors"))
     assert len(shards) > 1
-    opened = open_directory(tmp_path / "saved", TINY_T2V)
+    opened = open_model(tmp_path / "saved", TINY_T2V)
     for expert in EXPERTS:
         _assert_same(opened.load_dit(expert, CPU, torch.float32), written.dits[expert])
     _assert_same(opened.load_vae(CPU, torch.float32), written.vae)
@@ -126,7 +127,7 @@ def test_what_diffusers_writes_is_read(written: TinyModel, tmp_path: Path) -> No
 
     shards[0].unlink()
     with pytest.raises(WeightsMissing, match=f"{shards[0].name} is not there, 1 of {len(shards)}"):
-        open_directory(tmp_path / "saved", TINY_T2V)
+        open_model(tmp_path / "saved", TINY_T2V)
 
 
 def test_opening_and_loading_do_not_import_torch_s_compiler(written: TinyModel) -> None:
@@ -135,9 +136,9 @@ def test_opening_and_loading_do_not_import_torch_s_compiler(written: TinyModel) 
 import sys, torch
 from pathlib import Path
 from tests.engine.tiny_models import TINY_T2V
-from wanfit.engine.weights.directory import open_directory
+from wanfit.engine.weights.open import open_model
 before = set(sys.modules)
-opened = open_directory(Path({str(written.path)!r}), TINY_T2V)
+opened = open_model(Path({str(written.path)!r}), TINY_T2V)
 opened.load_umt5(torch.device("cpu"), torch.bfloat16)
 opened.load_vae(torch.device("cpu"), torch.float32)
 opened.load_dit("high_noise", torch.device("cpu"), torch.bfloat16)
@@ -148,19 +149,26 @@ assert not {{"sympy", "torch._inductor"}} & (set(sys.modules) - before)
 
 def test_an_absent_directory_is_missing(tmp_path: Path) -> None:
     with pytest.raises(WeightsMissing, match="no model directory at"):
-        open_directory(tmp_path / "nowhere", TINY_T2V)
+        open_model(tmp_path / "nowhere", TINY_T2V)
 
 
-def test_the_official_layout_is_named_as_such(tmp_path: Path) -> None:
+def test_an_empty_directory_has_no_transformer(tmp_path: Path) -> None:
     (tmp_path / "high_noise_model").mkdir()
-    with pytest.raises(WeightsMissing, match="This is the official layout"):
-        open_directory(tmp_path, TINY_T2V)
+    with pytest.raises(WeightsMissing, match=r"has no high-noise expert of tiny-t2v"):
+        open_model(tmp_path, TINY_T2V)
+
+
+def test_without_its_index_a_directory_is_known_by_its_files(
+    written: TinyModel, copy: Path
+) -> None:
+    (copy / "model_index.json").unlink()
+    opened = open_model(copy, TINY_T2V)
+    _assert_same(opened.load_dit("low_noise", CPU, torch.float32), written.dits["low_noise"])
 
 
 @pytest.mark.parametrize(
     "file",
     [
-        "model_index.json",
         "transformer/config.json",
         "transformer_2/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
@@ -171,13 +179,13 @@ def test_the_official_layout_is_named_as_such(tmp_path: Path) -> None:
 def test_an_absent_file_is_missing_by_name(file: str, copy: Path) -> None:
     (copy / file).unlink()
     with pytest.raises(WeightsMissing, match=f"{file} is not there"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 def test_a_pickle_is_named_and_not_read(copy: Path) -> None:
     (copy / DIT_FILE).rename(copy / "transformer/diffusion_pytorch_model.bin")
     with pytest.raises(WeightsMissing, match=r"model\.bin is a pickle, which is never read"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 @pytest.mark.parametrize("left_bytes", [0, 5, 100, -1])
@@ -187,8 +195,9 @@ def test_a_truncated_file_is_broken_and_tells_both_sizes(left_bytes: int, copy: 
     whole_bytes = file.stat().st_size
     kept_bytes = left_bytes if left_bytes >= 0 else whole_bytes + left_bytes
     os.truncate(file, kept_bytes)
-    with pytest.raises(WeightsBroken, match=str(kept_bytes)) as raised:
-        open_directory(copy, TINY_T2V)
+    reason = str(kept_bytes) if left_bytes > 5 or left_bytes < 0 else "is not a weight file"
+    with pytest.raises(WeightsBroken, match=reason) as raised:
+        open_model(copy, TINY_T2V)
     if left_bytes < 0:
         assert f"truncated: {kept_bytes} bytes instead of {whole_bytes}" in raised.value.message
 
@@ -196,9 +205,9 @@ def test_a_truncated_file_is_broken_and_tells_both_sizes(left_bytes: int, copy: 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"<html>404: not found</html>" * 20, "is not a safetensors file"),
-        ((4).to_bytes(8, "little") + b"nope", "header that is not JSON"),
-        ((2).to_bytes(8, "little") + b"[]", "header that is not a JSON object"),
+        (b"<html>404: not found</html>" * 20, "is not a weight file"),
+        ((4).to_bytes(8, "little") + b"{ope", "header that is not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "is not a weight file"),
         ((8).to_bytes(8, "little") + b'{"a": 1}', "malformed entry for a"),
         (
             (2).to_bytes(8, "little") + b"{}" + b"rest",
@@ -209,32 +218,32 @@ def test_a_truncated_file_is_broken_and_tells_both_sizes(left_bytes: int, copy: 
 def test_a_file_of_another_kind_is_broken(content: bytes, reason: str, copy: Path) -> None:
     (copy / DIT_FILE).write_bytes(content)
     with pytest.raises(WeightsBroken, match=reason):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 def test_a_tensor_that_is_missing_is_named(copy: Path) -> None:
     _edit(copy / DIT_FILE, drop="blocks.1.ffn.net.2.bias")
-    with pytest.raises(WeightsMissing, match=r"transformer lacks blocks\.1\.ffn\.net\.2\.bias"):
-        open_directory(copy, TINY_T2V)
+    with pytest.raises(WeightsMissing, match=r"lacks blocks\.1\.ffn\.net\.2\.bias"):
+        open_model(copy, TINY_T2V)
 
 
 def test_a_tensor_that_no_network_takes_is_named(copy: Path) -> None:
     """Wan 2.1's image keys, adapters: never ignored."""
     _edit(copy / DIT_FILE, add={"blocks.0.attn2.add_k_proj.weight": torch.zeros(2)})
     with pytest.raises(WeightsBroken, match=r"holds blocks\.0\.attn2\.add_k_proj\.weight, which"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy: Path) -> None:
     _edit(copy / DIT_FILE, add={"proj_out.bias": torch.zeros(17)})
     with pytest.raises(WeightsMismatch, match=r"proj_out\.bias of shape \[17\].*needs \[16\]"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
-def test_quantised_tensors_are_refused(copy: Path) -> None:
-    _edit(copy / DIT_FILE, add={"proj_out.bias": torch.zeros(16, dtype=torch.float8_e4m3fn)})
-    with pytest.raises(WeightsBroken, match=r"proj_out\.bias as F8_E4M3, which is not read"):
-        open_directory(copy, TINY_T2V)
+def test_a_dtype_that_no_weight_has_is_refused(copy: Path) -> None:
+    _edit(copy / DIT_FILE, add={"proj_out.bias": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(WeightsBroken, match=r"proj_out\.bias as I64, which is not read"):
+        open_model(copy, TINY_T2V)
 
 
 def test_either_name_of_the_text_embedding_will_do(copy: Path, written: TinyModel) -> None:
@@ -242,9 +251,9 @@ def test_either_name_of_the_text_embedding_will_do(copy: Path, written: TinyMode
     file = copy / "text_encoder/model.safetensors"
     table = load_file(file)["shared.weight"]
     _edit(file, add={"encoder.embed_tokens.weight": table})
-    _assert_same(open_directory(copy, TINY_T2V).load_umt5(CPU, torch.float32), written.umt5)
+    _assert_same(open_model(copy, TINY_T2V).load_umt5(CPU, torch.float32), written.umt5)
     _edit(file, drop="shared.weight")
-    _assert_same(open_directory(copy, TINY_T2V).load_umt5(CPU, torch.float32), written.umt5)
+    _assert_same(open_model(copy, TINY_T2V).load_umt5(CPU, torch.float32), written.umt5)
 
 
 def test_an_index_cannot_reach_outside_its_folder(copy: Path) -> None:
@@ -252,7 +261,7 @@ def test_an_index_cannot_reach_outside_its_folder(copy: Path) -> None:
     file = copy / "transformer/diffusion_pytorch_model.safetensors.index.json"
     file.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(WeightsBroken, match="which is not a file name"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 def test_an_index_that_places_a_tensor_wrongly_is_broken(copy: Path) -> None:
@@ -260,14 +269,14 @@ def test_an_index_that_places_a_tensor_wrongly_is_broken(copy: Path) -> None:
     file = copy / "transformer/diffusion_pytorch_model.safetensors.index.json"
     file.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(WeightsBroken, match=r"lacks no\.such\.tensor, which .* places there"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '"text"'])
 def test_a_config_that_is_not_json_is_broken(content: str, copy: Path) -> None:
     (copy / "vae/config.json").write_text(content, encoding="utf-8")
     with pytest.raises(WeightsBroken, match=r"vae/config\.json"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 def test_a_tokenizer_larger_than_the_text_encoder_does_not_fit(
@@ -276,14 +285,14 @@ def test_a_tokenizer_larger_than_the_text_encoder_does_not_fit(
     small = replace(TINY_T2V, umt5=replace(TINY_T2V.umt5, vocab_size=10))
     model = write_tiny(tmp_path / "small", small)
     with pytest.raises(WeightsMismatch, match=r"knows 16 tokens, .* has 10"):
-        open_directory(model.path, small).tokenizer()
+        open_model(model.path, small).tokenizer()
 
 
 def test_another_model_is_told_by_its_config(copy: Path) -> None:
     """The answer to a wrong directory names both models, and the field that differs."""
     _set(copy / "transformer/config.json", in_channels=36)
     with pytest.raises(WeightsMismatch, match="in_channels 36 instead of 4"):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
     with pytest.raises(
         WeightsMismatch,
         match="t2v-a14b was asked for, and this transformer is that of i2v-a14b:"
@@ -304,7 +313,7 @@ def test_another_kind_of_model_is_told_by_the_index(
 ) -> None:
     _set(copy / "model_index.json", **{field: value})
     with pytest.raises(WeightsMismatch, match=reason):
-        open_directory(copy, TINY_T2V)
+        open_model(copy, TINY_T2V)
 
 
 @pytest.mark.parametrize("spec", MODELS, ids=lambda spec: spec.name)
@@ -345,9 +354,9 @@ def test_latent_statistics_of_another_vae_are_refused() -> None:
 def test_writing_replaces_a_model_and_leaves_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     first = write_tiny(tmp_path / "models/m", TINY_TI2V, seed=1)
-    loaded = open_directory(first.path, TINY_TI2V).load_vae(CPU, torch.float32)
+    loaded = open_model(first.path, TINY_TI2V).load_vae(CPU, torch.float32)
     second = write_tiny(tmp_path / "models/m", TINY_TI2V, seed=2)
-    again = open_directory(second.path, TINY_TI2V).load_vae(CPU, torch.float32)
+    again = open_model(second.path, TINY_TI2V).load_vae(CPU, torch.float32)
     _assert_same(again, second.vae)
     _assert_same(loaded, first.vae)  # its files are gone by name, but still mapped
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"m", "m-tokenizer.json"}

@@ -22,8 +22,9 @@ from wanfit.engine.ops.linear import Linear, quantise
 from wanfit.engine.weights import verify
 from wanfit.engine.weights.convert import convert_model
 from wanfit.engine.weights.files import ModelFiles, map_file, tensor_at
+from wanfit.engine.weights.keys import network_names
 from wanfit.engine.weights.layout import join_name, network_layouts
-from wanfit.engine.weights.networks import network_names, on_meta
+from wanfit.engine.weights.networks import on_meta
 from wanfit.engine.weights.open import open_model
 from wanfit.engine.weights.store import StoreIndex, header_checksum, read_index
 from wanfit.engine.weights.verify import IdleCheck, verify_units
@@ -50,7 +51,7 @@ def stores(source: TinyModel) -> dict[Precision, Path]:
     paths: dict[Precision, Path] = {}
     for precision in ("bf16", "fp8"):
         paths[precision] = source.path.parent / precision
-        convert_model(source.path, paths[precision], TINY_T2V, precision)
+        convert_model(open_model(source.path, TINY_T2V), paths[precision], precision)
     return paths
 
 
@@ -264,7 +265,7 @@ def test_files_of_two_stores_do_not_mix(
     with pytest.raises(WeightsBroken, match=r"high_noise\.safetensors is not the file that"):
         open_model(copy, TINY_T2V)
     other = write_tiny(tmp_path / "other", TINY_T2V, seed=9)
-    convert_model(other.path, tmp_path / "second", TINY_T2V, "bf16")
+    convert_model(open_model(other.path, TINY_T2V), tmp_path / "second", "bf16")
     shutil.copy(tmp_path / "second" / "high_noise.safetensors", copy)
     with pytest.raises(WeightsBroken, match=r"high_noise\.safetensors is not the file that"):
         open_model(copy, TINY_T2V)
@@ -391,7 +392,7 @@ def test_an_idle_check_reports_the_first_broken_unit(copy: Path) -> None:
 
 def test_a_dense_model_has_one_transformer(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "ti2v", TINY_TI2V)
-    convert_model(model.path, tmp_path / "store", TINY_TI2V, "bf16")
+    convert_model(open_model(model.path, TINY_TI2V), tmp_path / "store", "bf16")
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
         "high_noise.safetensors", "tokenizer", "umt5.safetensors", "vae.safetensors", "wanfit.json",
     ]  # fmt: skip

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from tests.checkpoints import tiny_spiece
 from tests.engine.tiny_models import (
     WORDS,
     reference_class,
@@ -17,6 +21,7 @@ from tests.engine.tiny_models import (
     tiny_unigram_tokenizer,
 )
 from wanfit.engine.tokenizer import TextTokenizer, TokenizedText, clean_text
+from wanfit.engine.weights.vocabulary import MAX_PROTO_BYTES
 from wanfit.errors import WeightsBroken, WeightsMissing
 
 MESSY = [
@@ -111,9 +116,59 @@ def test_a_directory_stands_for_the_file_in_it(tmp_path: Path) -> None:
     assert TextTokenizer(tmp_path).encode("red").ids == (5, 1)
 
 
+def test_a_sentencepiece_file_will_do(tmp_path: Path) -> None:
+    """By any name, since its content says what it is; a tokenizer.json beside it goes first."""
+    (tmp_path / "spiece.model").write_bytes(tiny_spiece())
+    (tmp_path / "umt5").write_bytes(tiny_spiece())
+    expected = TokenizedText(ids=(9, 5, 6, 7, 1))  # ▁a ▁red ▁cir cle </s>
+    assert TextTokenizer(tmp_path).encode("a red circle") == expected
+    assert TextTokenizer(tmp_path / "umt5").encode("a red circle") == expected
+    _written(tmp_path, tiny_tokenizer())
+    assert TextTokenizer(tmp_path).encode("a red circle").ids == (4, 5, 7, 1)
+
+
+def test_a_broken_sentencepiece_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "spiece.model"
+    path.write_bytes(tiny_spiece()[:-3])
+    with pytest.raises(WeightsBroken, match=r"spiece\.model is no whole protobuf"):
+        TextTokenizer(path)
+
+
+def test_a_json_text_may_begin_with_an_empty_line(tmp_path: Path) -> None:
+    """A line feed is also the first byte of every sentencepiece model."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text("\n" + json.dumps(tiny_tokenizer()), encoding="utf-8")
+    assert TextTokenizer(path).encode("red").ids == (5, 1)
+
+
+def test_a_tokenizer_at_hand_is_taken_without_its_padding(tokenizer: TextTokenizer) -> None:
+    """And written out again, it reads the same."""
+    made = TextTokenizer.of(Tokenizer.from_str(json.dumps(tiny_tokenizer())))
+    again = TextTokenizer.of(Tokenizer.from_str(made.json()))
+    for text in MESSY:
+        assert made.encode(text) == again.encode(text) == tokenizer.encode(text)
+    assert json.loads(made.json())["padding"] is None
+
+
+def test_a_tokenizer_at_hand_must_end_its_texts() -> None:
+    with pytest.raises(WeightsBroken, match=r"umt5\.gguf does not end a text with </s>"):
+        TextTokenizer.of(Tokenizer(WordLevel({"<unk>": 0}, "<unk>")), name="umt5.gguf")
+
+
 def test_an_absent_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(WeightsMissing, match=r"no tokenizer at .*tokenizer\.json"):
+    with pytest.raises(WeightsMissing, match=r"no tokenizer at .*tokenizer\.json") as raised:
         TextTokenizer(tmp_path)
+    assert "spiece.model" in raised.value.hint
+    with pytest.raises(WeightsMissing, match=r"no tokenizer at .*absent"):
+        TextTokenizer(tmp_path / "absent")
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.touch()
+    os.truncate(path, MAX_PROTO_BYTES + 1)
+    with pytest.raises(WeightsBroken, match=f"more than {MAX_PROTO_BYTES} bytes"):
+        TextTokenizer(path)
 
 
 def test_a_file_that_is_no_tokenizer_is_broken(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Text to token ids: the cleaning that Wan's authors use, then a `tokenizer.json`.
+"""Text to token ids: the cleaning that Wan's authors use, then a vocabulary.
 
+That is a `tokenizer.json`, a `spiece.model`, or what a weight file carries (weights/vocabulary.py).
 Any model of the `tokenizers` library will do, as long as it ends a text with `</s>` and has an
 `<unk>`: the Unigram vocabulary of google/umt5-xxl, or the few hundred words of a demo model. Left
 out: padding, since the encoder runs on the true length.
@@ -11,17 +12,24 @@ import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import ftfy
 from tokenizers import Tokenizer
 
+from wanfit.engine.weights.vocabulary import (
+    END_OF_TEXT,
+    MAX_PROTO_BYTES,
+    UNKNOWN_TOKEN,
+    from_sentencepiece,
+)
 from wanfit.errors import WeightsBroken, WeightsMissing
 from wanfit.specs import TEXT_TOKENS
 
-END_OF_TEXT = "</s>"  # T5's names of the two special tokens that we need
-UNKNOWN = "<unk>"
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "spiece.model"
 
+_PIECE = b"\x0a"  # what a sentencepiece model begins with: field 1 of its ModelProto
 _WHITESPACE = re.compile(r"\s+")
 # A word with its inner hyphens and apostrophes, or a sign that carries meaning (an emoji, say):
 # nobody misses a semicolon.
@@ -40,35 +48,47 @@ class TokenizedText:
 class TextTokenizer:
     """A vocabulary, read once and used for every prompt."""
 
-    def __init__(self, tokenizer_json: Path) -> None:
-        """`tokenizer_json`: the file, or a directory that holds it.
+    def __init__(self, path: Path) -> None:
+        """`path`: a tokenizer.json, a spiece.model, or a directory with one; the first goes first.
 
-        Raises WeightsMissing when it is not there, WeightsBroken when it is not a tokenizer that
-        ends a text with `</s>`.
+        Which of the two a file is, its content says. Raises WeightsMissing when none is there,
+        WeightsBroken when it is not a tokenizer that ends a text with `</s>`.
         """
-        path = tokenizer_json / TOKENIZER_FILE if tokenizer_json.is_dir() else tokenizer_json
-        if not path.is_file():
-            raise WeightsMissing(
-                f"There is no tokenizer at {path}",
-                hint="A sentencepiece file alone (spiece.model) is not read; add tokenizer.json",
-            )
-        self._tokenizer = _read(path)
+        file = _file(path)
+        self._take(_read(file), str(file))
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, *, name: str = "This vocabulary") -> Self:
+        """From what `weights.vocabulary` makes; its padding and its truncation are switched off.
+
+        name: how a message calls it. Raises WeightsBroken when it does not end a text with `</s>`.
+        """
+        made = cls.__new__(cls)
+        made._take(tokenizer, name)
+        return made
+
+    def _take(self, tokenizer: Tokenizer, name: str) -> None:
+        self._tokenizer = tokenizer
         # Both are often stored in the file; the length is ours to choose.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         end = self._tokenizer.token_to_id(END_OF_TEXT)
         if end is None or self._tokenizer.encode("").ids != [end]:
             raise WeightsBroken(
-                f"{path} does not end a text with {END_OF_TEXT}",
+                f"{name} does not end a text with {END_OF_TEXT}",
                 hint="It is not the tokenizer of a UMT5 encoder",
             )
         self._end_id: int = end
-        self._unknown_id: int | None = self._tokenizer.token_to_id(UNKNOWN)
+        self._unknown_id: int | None = self._tokenizer.token_to_id(UNKNOWN_TOKEN)
 
     @property
     def vocab_size(self) -> int:
         """How many ids there are; the encoder's table must have at least as many rows."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def json(self) -> str:
+        """What a tokenizer.json of it holds; `TextTokenizer` of that file gives the same ids."""
+        return str(self._tokenizer.to_str())
 
     def encode(self, text: str) -> TokenizedText:
         """Cleans and tokenizes one prompt; a long one is cut to TEXT_TOKENS, `</s>` kept last."""
@@ -97,9 +117,29 @@ def clean_text(text: str) -> str:
     return _WHITESPACE.sub(" ", plain).strip()
 
 
+def _file(path: Path) -> Path:
+    files = [path / TOKENIZER_FILE, path / SENTENCEPIECE_FILE] if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            return file
+    raise WeightsMissing(
+        f"There is no tokenizer at {files[0]}",
+        hint=f"Put a {TOKENIZER_FILE} or a {SENTENCEPIECE_FILE} there",
+    )
+
+
 def _read(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        with path.open("rb") as stream:
+            content = stream.read(MAX_PROTO_BYTES + 1)
+    except OSError as error:
+        raise WeightsBroken(f"{path} cannot be read: {error.strerror}") from None
+    if content.startswith(_PIECE) and not content.lstrip().startswith(b"{"):
+        return from_sentencepiece(content, name=str(path))
+    if len(content) > MAX_PROTO_BYTES:
+        raise WeightsBroken(f"{path} has more than {MAX_PROTO_BYTES} bytes: not a tokenizer")
+    try:
+        return Tokenizer.from_buffer(content)
     except Exception as error:  # noqa: BLE001  the library raises plain Exception for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsBroken(f"{path} is not a tokenizer: {reason}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from wanfit.errors import WeightsMismatch
@@ -200,6 +201,24 @@ def check_config(config: Mapping[str, Any], spec: ModelSpec, component: Componen
         f"{spec.name} was asked for, and this {what}: {details}",
         hint=f"Give the directory of {spec.name}, or name the model that this one holds",
     )
+
+
+def check_official_config(config: Mapping[str, Any], spec: ModelSpec, file: Path) -> None:
+    """Raises WeightsMismatch when the config.json of an official transformer is not that of `spec`.
+
+    It has what wan/modules/model.py registers; a field that is not there tells nothing.
+    """
+    dit = spec.dit
+    wanted: Json = {
+        "model_type": spec.task, "dim": dit.width, "in_dim": dit.in_channels,
+        "out_dim": dit.out_channels, "ffn_dim": dit.ffn_width, "freq_dim": dit.sinusoid_width,
+        "num_heads": dit.num_heads, "num_layers": dit.num_blocks, "eps": dit.eps,
+    }  # fmt: skip
+    for field, value in wanted.items():
+        if field in config and not _same(config[field], value):
+            raise WeightsMismatch(
+                f"{file} has {field} {_brief(config[field])}, and {spec.name} has {value}"
+            )
 
 
 def check_model_index(index: Mapping[str, Any], spec: ModelSpec) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
-from wanfit.engine.tokenizer import TextTokenizer
+from wanfit.engine.tokenizer import TOKENIZER_FILE, TextTokenizer
 from wanfit.engine.weights.headers import TensorEntry
 from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, stays_fp32
 from wanfit.engine.weights.networks import on_meta
+from wanfit.engine.weights.parts import Part
+from wanfit.engine.weights.vocabulary import from_gguf, from_sentencepiece
 from wanfit.errors import WeightsBroken, WeightsMismatch
 from wanfit.plan.plan import NetworkName, Precision
 from wanfit.specs import Expert, ModelSpec
@@ -49,6 +51,7 @@ class ModelFiles:
     precision: in which a store holds the weights of the blocks; None for a directory in diffusers
     layout, whose tensors have the dtypes that they have.
     units: of a store, file by file in the order of their bytes; a directory has none.
+    vocabulary: a tokenizer file, or the part that carries a vocabulary; None: tokenizer/.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class ModelFiles:
         *,
         precision: Precision | None = None,
         units: tuple[StoredUnit, ...] = (),
+        vocabulary: Path | Part | None = None,
     ) -> None:
         self.path = path
         self.spec = spec
         self.precision = precision
         self.units = units
         self._entries = entries
+        self._vocabulary = vocabulary or path / "tokenizer"
 
     def entries(self, network: NetworkName) -> Entries:
         """Our parameter name -> where its tensor lies, with the shape that the network gives it.
@@ -75,14 +80,29 @@ class ModelFiles:
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer. Raises WeightsBroken, or WeightsMismatch when it does not fit UMT5."""
-        tokenizer = TextTokenizer(self.path / "tokenizer")
+        source = self._vocabulary
+        if isinstance(source, Path):
+            where, tokenizer = source, TextTokenizer(source)
+        else:
+            where, tokenizer = source.path, _carried(source)
         rows = self.spec.umt5.vocab_size
         if tokenizer.vocab_size > rows:
             raise WeightsMismatch(
-                f"{self.path / 'tokenizer'} knows {tokenizer.vocab_size} tokens, and the text"
-                f" encoder of {self.spec.name} has {rows}"
+                f"{where} knows {tokenizer.vocab_size} tokens, and the text encoder of"
+                f" {self.spec.name} has {rows}"
             )
         return tokenizer
+
+    def tokenizer_json(self) -> str:
+        """What tokenizer.json holds, or would hold: for a store. Raises WeightsError."""
+        source = self._vocabulary
+        file = source / TOKENIZER_FILE if isinstance(source, Path) and source.is_dir() else source
+        if isinstance(file, Path) and file.suffix == ".json" and file.is_file():
+            try:
+                return file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise WeightsBroken(f"{file} cannot be read: {error}") from None
+        return self.tokenizer().json()
 
     def load_umt5(self, device: torch.device, dtype: torch.dtype) -> Umt5:
         """The text encoder, on `device` in `dtype`."""
@@ -126,6 +146,14 @@ class ModelFiles:
         network.load_state_dict(tensors, assign=True)
         assert not any(buffer.is_meta for buffer in network.buffers()), "a buffer was not filled"
         return network.eval()
+
+
+def _carried(part: Part) -> TextTokenizer:
+    """The tokenizer of a vocabulary within a weight file."""
+    name, proto = str(part.path), part.sentencepiece()
+    if proto is not None:
+        return TextTokenizer.of(from_sentencepiece(proto, name=name), name=name)
+    return TextTokenizer.of(from_gguf(part.container.metadata, name=name), name=name)
 
 
 def _read_tensors(entries: Entries) -> Iterator[tuple[str, Tensor]]:

@@ -19,11 +19,6 @@ from wanfit.specs import ModelSpec
 AnyNetwork = Dit | Vae | Umt5
 
 
-def network_names(spec: ModelSpec) -> tuple[NetworkName, ...]:
-    """The networks of this model, in the order in which a clip from text uses them."""
-    return ("umt5", *spec.experts, "vae")
-
-
 def on_meta(spec: ModelSpec, network: NetworkName) -> AnyNetwork:
     """The network without storage: its names and shapes."""
     with torch.device("meta"), _SkipInit():
@@ -53,12 +48,6 @@ def _layouts(
 def shapes_of(network: AnyNetwork) -> dict[str, tuple[int, ...]]:
     """Our parameter name -> its shape."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def listed(names: list[str]) -> str:
-    """Up to three names, and how many more there are: for a message."""
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
 
 
 class _SkipInit(TorchFunctionMode):

@@ -5,7 +5,8 @@
     .NAME.partial/old/        what was at NAME, until that rename is done
 
 A unit's line is written after its bytes were synced, so what the journal lists survives even a
-power cut. Files hold units in order, so the list is all that there is to know.
+power cut. Files hold units in order, so the list is all that there is to know. `weights.lean` fills
+files out of order, and lists files of its source instead.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DoneUnit(NamedTuple):
     """A line of the journal."""
 
     file: str
-    unit: str
+    unit: str  # or, of a store made file by file (`weights.lean`), the file of the source
     end_bytes: int  # of the unit, in the file
     checksum: str
 
@@ -42,7 +43,7 @@ class PartialStore:
         Raises BadOutput when another process is writing it; OSError.
         """
         self._target = target
-        self._folder = target.with_name(f".{target.name}.partial")
+        self._folder = partial_folder(target)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.store = self._folder / "store"
         self._old = self._folder / "old"
@@ -126,6 +127,16 @@ class PartialStore:
         self._journal.truncate(0)
         self._journal.write(json.dumps({"job": job}) + "\n")
         self._journal.flush()
+
+
+def partial_folder(target: Path) -> Path:
+    """Where the store for `target` is while it is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def allocated_bytes(folder: Path) -> int:
+    """What the files below a directory hold of the disk, holes left out; 0 where none is."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def check_target(source: Path, target: Path) -> None:

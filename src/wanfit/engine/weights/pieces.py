@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from wanfit.engine.weights.depot import DIRECT_BYTES, Depot, MappedFile, RingBuffer
-from wanfit.engine.weights.headers import TensorEntry
+from wanfit.engine.weights.headers import PLAIN_DTYPES, TensorEntry
 from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, join_name
+from wanfit.engine.weights.scales import storage_words
 from wanfit.errors import WeightsBroken, WeightsMismatch
 from wanfit.plan.weights import align
 
@@ -47,12 +48,8 @@ def pieces_of(unit: str, layout: UnitLayout, entries: Mapping[str, TensorEntry])
     for place in layout.places:
         name = join_name(unit, place.name)
         entry = entries.get(name)
-        if entry is None or ("F8" in entry.dtype) != ("F8" in place.dtype):
-            stored = entry.dtype if entry else "another precision"
-            raise WeightsMismatch(
-                f"{name} is stored as {stored}, and {place.dtype} is needed",
-                hint="Choose the precision of the files, or convert them (wanfit convert)",
-            )
+        if entry is None or not _can_become(entry, place.dtype):
+            raise _mismatch(name, entry, place.dtype)
         piece = Piece(
             entry.file, entry.offset, entry.num_bytes, place.offset, place.num_bytes,
             entry.dtype, place.dtype,
@@ -66,6 +63,23 @@ def pieces_of(unit: str, layout: UnitLayout, entries: Mapping[str, TensorEntry])
         else:
             pieces.append(piece)
     return pieces
+
+
+def _can_become(entry: TensorEntry, dtype: str) -> bool:
+    """Whether a cast is all that it takes: from plain to plain, or none for a store's fp8."""
+    return (entry.is_plain and dtype in PLAIN_DTYPES) or (
+        entry.dtype == dtype and entry.scale is None
+    )
+
+
+def _mismatch(name: str, entry: TensorEntry | None, dtype: str) -> WeightsMismatch:
+    stored = "another precision" if entry is None else storage_words([entry])
+    message = f"{name} is stored as {stored}, and {dtype} is needed"
+    if entry is None or entry.is_plain or (entry.dtype == "F8_E4M3" and entry.scale is None):
+        hint = "Choose the precision of the files, or convert them (wanfit convert)"
+    else:
+        hint = "Quantised files run once they are converted (wanfit convert)"
+    return WeightsMismatch(message, hint=hint)
 
 
 def _continues(last: Piece, piece: Piece) -> bool:

@@ -68,10 +68,4 @@ def _check_directory(path: Path, spec: ModelSpec | None = None) -> None:
         wanted = f"{spec.name} has to be there" if spec else "Give the directory of a model"
         raise WeightsMissing(f"There is no model directory at {path}", hint=wanted)
     if not (path / MODEL_INDEX).is_file():
-        raise WeightsMissing(f"{path / MODEL_INDEX} is not there", hint=_layout_hint(path))
-
-
-def _layout_hint(path: Path) -> str:
-    if any(path.glob("*.pth")) or (path / "high_noise_model").is_dir():
-        return "This is the official layout; get the repository whose name ends in -Diffusers"
-    return "A model directory in diffusers layout is needed"
+        raise WeightsMissing(f"{path / MODEL_INDEX} is not there")

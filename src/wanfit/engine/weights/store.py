@@ -38,8 +38,9 @@ from wanfit.engine.weights.headers import (
     read_header,
     read_json,
 )
+from wanfit.engine.weights.keys import listed, network_names
 from wanfit.engine.weights.layout import TORCH_DTYPES, UnitLayout, join_name, lay_out
-from wanfit.engine.weights.networks import layouts_of, listed, network_names
+from wanfit.engine.weights.networks import layouts_of
 from wanfit.engine.weights.recognise import STORE_FILE, STORE_PRECISIONS
 from wanfit.errors import WeightsBroken, WeightsMismatch, WeightsMissing
 from wanfit.plan.plan import NetworkName, Precision
