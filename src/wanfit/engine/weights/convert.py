@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,7 +99,6 @@ class ConvertReport:
 
 OnStep = Callable[[ConvertStep], None]
 Make = Callable[[], Tensor]  # makes a piece, in some thread
-_MERGING = threading.Lock()  # a merge is used by one thread at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,8 @@ def convert_model(
         headers_json = _write_files(plans, partial, merge, progress)
         if _fingerprint(source, merge) != fingerprint:
             raise WeightsBroken(
-                f"{source.path} was changed while it was read", hint="Convert it again"
+                f"{source.path}, or an adapter, was changed while it was read",
+                hint="Convert it again",
             )
         write_about(source, precision, headers_json, partial, merge)
         partial.commit()
@@ -339,8 +338,7 @@ class _Merged:
         if self._merge is None:
             return values
         shape = (count, *self.stored.entry.shape[1:])
-        with _MERGING:
-            merged = self._merge.apply(self._network, self._name, first, values.float().view(shape))
+        merged = self._merge.apply(self._network, self._name, first, values.float().view(shape))
         return merged.reshape(count, self.stored.width)
 
 

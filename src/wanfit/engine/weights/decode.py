@@ -44,7 +44,7 @@ class Merge(Protocol):
         ...
 
     def apply(self, network: NetworkName, name: str, first_row: int, rows: Tensor) -> Tensor:
-        """fp32 [n, ...] from `first_row` on to fp32 of the same shape; by one thread at a time."""
+        """fp32 [n, ...] from `first_row` on to fp32 of the same shape; called by several threads."""
         ...
 
     def fingerprint(self) -> list[Any]:
