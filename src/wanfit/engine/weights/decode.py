@@ -44,7 +44,7 @@ class Merge(Protocol):
         ...
 
     def apply(self, network: NetworkName, name: str, first_row: int, rows: Tensor) -> Tensor:
-        """fp32 [n, ...] from `first_row` on to fp32 of the same shape; called by several threads."""
+        """fp32 [n, ...] from `first_row` on to fp32 of the same shape; several threads call it."""
         ...
 
     def fingerprint(self) -> list[Any]:
