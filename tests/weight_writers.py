@@ -107,16 +107,26 @@ class _Storage(NamedTuple):
     num_elements: int
 
 
-class _HollowTensor:
-    """Pickles as a tensor of that storage does."""
+# torch's storages by dtype; fp8 has none: its tensors lie in an untyped one, of bytes.
+_TYPES: Mapping[torch.dtype, Any] = {
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float32: torch.FloatStorage,
+    torch.int8: torch.CharStorage,
+}
 
-    def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:
-        self.storage, self.shape = storage, shape
+
+class _HollowTensor:
+    """Pickles as a tensor of that storage does (torch/_tensor.py, _reduce_ex_internal)."""
+
+    def __init__(self, storage: _Storage, tensor: Tensor) -> None:
+        self.storage, self.shape, self.dtype = storage, tuple(tensor.shape), tensor.dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
         stride = tuple(int(np.prod(self.shape[i + 1 :])) for i in range(len(self.shape)))
         arguments: tuple[Any, ...] = (self.storage, 0, self.shape, stride, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        if self.dtype in _TYPES:
+            return torch._utils._rebuild_tensor_v2, arguments
+        return torch._utils._rebuild_tensor_v3, (*arguments, self.dtype)
 
 
 class _HollowPickler(pickle.Pickler):
@@ -128,14 +138,13 @@ class _HollowPickler(pickle.Pickler):
 
 def _save_hollow_pth(file: Path, tensors: Files) -> None:
     """A zip file as torch writes it, whose storages are stored without being written."""
-    types = {torch.bfloat16: torch.BFloat16Storage, torch.float32: torch.FloatStorage}
     storages = {
-        name: _Storage(str(i), types[tensor.dtype], tensor.numel())
+        name: _Storage(str(i), _TYPES.get(tensor.dtype, torch.UntypedStorage), tensor.numel())
         for i, (name, tensor) in enumerate(tensors.items())
     }
     content = io.BytesIO()
     _HollowPickler(content, protocol=2).dump(
-        {name: _HollowTensor(storages[name], tuple(t.shape)) for name, t in tensors.items()}
+        {name: _HollowTensor(storages[name], t) for name, t in tensors.items()}
     )
     writer: Any = torch._C.PyTorchFileWriter(str(file))
     writer.write_record("data.pkl", content.getvalue(), len(content.getvalue()))

@@ -77,10 +77,7 @@ GGUF: dict[str, Write] = {
     f"gguf {kind}": lambda p, s, w, kind=kind: write_gguf(p, s, weights=w, qtype=kind)  # type: ignore[misc]
     for kind in ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q4_0")
 }
-# What can be written without values: .pth in fp8 and int8 cannot, and is read at tiny size.
-HOLLOW = PLAIN | {
-    name: QUANTISED[name] for name in ("comfy fp8 scaled", "comfy metadata", "kijai fp8")
-} | {name: GGUF[name] for name in ("gguf F16", "gguf Q8_0", "gguf Q4_K")}  # fmt: skip
+HOLLOW = PLAIN | QUANTISED | GGUF
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +99,7 @@ def test_at_full_size_every_key_is_taken_and_none_is_made_up(
     HOLLOW[name](tmp_path, spec, hollow[spec.name])
     chosen = choose(tmp_path, spec)
     files = open_parts(chosen)
-    assert chosen.is_plain == (name in PLAIN or name == "gguf F16")
+    assert chosen.is_plain == (name in PLAIN or name in ("gguf F16", "gguf BF16"))
     for network, part in chosen.networks.items():
         entries = files.entries(network)
         assert {n: e.shape for n, e in entries.items()} == shapes_of(on_meta(spec, network))
@@ -113,8 +110,10 @@ def test_at_full_size_every_key_is_taken_and_none_is_made_up(
             if not entry.name.endswith(BESIDE)
         ]
         assert sorted(taken) == sorted(held)
-    num_bytes = sum(part.num_bytes for part in chosen.networks.values())
-    assert num_bytes > {"ti2v-5b": 6.5e9, "t2v-a14b": 19e9, "i2v-a14b": 19e9}[spec.name]
+        held_bytes = sum(entry.num_bytes for entry in entries.values())
+        assert (
+            part.num_bytes > held_bytes > 250e6
+        )  # of true length: the smallest is VAE 2.1 in bf16
 
 
 @pytest.mark.parametrize("spec", FULL, ids=lambda spec: spec.name)
