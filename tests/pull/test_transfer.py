@@ -116,7 +116,10 @@ def test_what_passes_by_itself_is_waited_for(
     [
         (Fault("content", status=503, times=None), "503"),
         (Fault("content", status=429, times=None), "asked too often (429)"),
-        (Fault("content", status=429, headers={"Retry-After": "3600"}), "wait 3600 s"),
+        (
+            Fault("content", status=429, times=None, headers={"Retry-After": "3600"}),
+            "wait 3600 s",
+        ),
         (Fault("resolve", status=500, times=None), "500"),
         (Fault("content", cut_after_bytes=0, times=None), "broke"),
         (Fault("content", stall_after_bytes=0, times=None), "1 s without a byte"),
