@@ -209,15 +209,13 @@ def decode_host(shape: Shape, tile_px: int | None, device: str) -> Mapping[str, 
     frames = vae.host_frames_bytes(
         request.spec.vae, request.width, request.height, request.num_frames, tile_px
     )
-    return {
+    parts = {
         "frames": frames,
         "video encoder": int(ENCODER_FRAMES * ENCODER_BYTES_PER_PX * px),
-        **(
-            {"decoder": HOST_DECODE_CUDA_BYTES[request.spec.vae.generation]}
-            if device != "cpu"
-            else {}
-        ),
     }
+    if device != "cpu":
+        parts["decoder"] = HOST_DECODE_CUDA_BYTES[request.spec.vae.generation]
+    return parts
 
 
 def token_rows(shape: Shape, token_embed_bytes: int) -> int:

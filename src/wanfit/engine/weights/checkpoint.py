@@ -153,8 +153,8 @@ def open_parts(chosen: Chosen) -> ModelFiles:
 
 def _component(path: Path, spec: ModelSpec, network: NetworkName) -> Part:
     """What lies where model_index.json says: folders tell what is what."""
-    stem = "model" if network == "umt5" else "diffusion_pytorch_model"
-    file = component_file(path / FOLDERS[network], stem)
+    folder = FOLDERS[network]
+    file = component_file(path / folder, configs.file_stem(folder))
     container = open_container(file)
     return Part(
         path=file,
@@ -278,11 +278,6 @@ def _checked_entries(part: Part, spec: ModelSpec, network: NetworkName) -> dict[
     theirs = {name: their_name(name, rows, part.naming) for name in shapes}
     where = part.path.parent if part.path.name.endswith(".index.json") else part.path
     missing = [name for name in theirs.values() if name not in found]
-    if "patch_embedding.weight" in missing and part.container.kind == "gguf":
-        raise WeightsMissing(
-            f"{where} lacks patch_embedding.weight, which GGUF's quantiser drops (it has 5 sides)",
-            hint="The file was never completed; get another, or the same from a later upload",
-        )
     if missing:
         raise WeightsMissing(f"{where} lacks {listed(missing)}", hint="Download it again")
     wanted = set(theirs.values())

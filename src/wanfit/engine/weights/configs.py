@@ -173,6 +173,11 @@ def tokenizer_config() -> Json:
     }
 
 
+def file_stem(component: Component) -> str:
+    """The weight file's name without suffix, as the library that owns the component has it."""
+    return "model" if component == "text_encoder" else "diffusion_pytorch_model"
+
+
 def component_config(spec: ModelSpec, component: Component) -> Json:
     """The config.json that `component` of this model has."""
     return _RULES[component].make(spec)

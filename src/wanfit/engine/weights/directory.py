@@ -90,7 +90,8 @@ def _write_component(
     folder.mkdir(parents=True)
     tensors = file_tensors(network, dtype)
     # The metadata is what diffusers and transformers look for before they read a file.
-    save_file(tensors, folder / f"{_stem(component)}.safetensors", metadata={"format": "pt"})
+    file = folder / f"{configs.file_stem(component)}.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
     config = configs.component_config(spec, component)
     if component == "text_encoder":
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -109,8 +110,3 @@ def _rows(network: AnyNetwork) -> Sequence[Row]:
             return vae_rows(network.spec)
         case Dit():
             return DIT
-
-
-def _stem(component: Component) -> str:
-    """The file name without suffix, as the library that owns the component has it."""
-    return "model" if component == "text_encoder" else "diffusion_pytorch_model"
