@@ -37,7 +37,7 @@ lint: $(VENV)/.dev  ## ruff, mypy and import-linter only
 	$(VENV)/bin/lint-imports
 
 pytest: $(VENV)/.dev  ## the tests only, those that need no GPU
-	$(python) -m pytest -m "not gpu"
+	$(python) -m pytest -m "not gpu" --numprocesses auto
 
 test-gpu: $(VENV)/.dev  ## the tests that need an NVIDIA GPU
 	$(python) -m pytest -m gpu
