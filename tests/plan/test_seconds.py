@@ -79,7 +79,8 @@ def test_forwards_are_those_of_the_schedule(
         moved = None
     made = shape(
         spec.name, f"{spec.sampling.width}x{spec.sampling.height}", spec.sampling.num_frames,
-        solver=solver, steps=steps, shift=shift, guidance_high=high, guidance_low=low, boundary=moved,
+        solver=solver, steps=steps, shift=shift, guidance_high=high, guidance_low=low,
+        boundary=moved,
     )  # fmt: skip
     times = make_schedule(solver, steps, shift).timesteps
     asked = spec.boundary if moved is None else moved
