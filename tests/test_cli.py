@@ -25,7 +25,14 @@ from PIL import Image
 
 from tests.test_media import png_header
 from wanfit import cli, errors, service
-from wanfit.errors import BadRequest, DownloadFailed, NoRoom, WanfitError, WeightsError
+from wanfit.errors import (
+    BadRequest,
+    DownloadFailed,
+    JobsError,
+    NoRoom,
+    WanfitError,
+    WeightsError,
+)
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.specs import MODELS
 
@@ -414,7 +421,7 @@ class TestExitCodes:
     def test_every_leaf_of_the_error_tree_is_mapped(self) -> None:
         assert errors.BadSize in leaves(WanfitError)
         for leaf in leaves(WanfitError):
-            codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6}
+            codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6, JobsError: 1}
             (branch,) = set(codes) & set(leaf.__mro__)
             code = codes[branch]
             assert cli.exit_code(leaf("message")) == code

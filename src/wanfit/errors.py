@@ -7,6 +7,7 @@
     │   ├── BadOption         another option has an illegal value, or two exclude each other
     │   ├── BadImage          the image is missing, not wanted, unreadable or too large
     │   ├── BadOutput         the output cannot be written there, or its suffix is unknown
+    │   ├── BadStore          jobs cannot be kept in that database
     │   └── UnknownModel      no model of that name
     ├── WeightsError          the model's files must change
     │   ├── WeightsMissing    files that the model needs are not there
@@ -16,15 +17,21 @@
     │   ├── DoesNotFit        the plan needs more memory than the budget, so nothing was begun
     │   ├── OutOfMemory       memory ran out although the plan said that it fits
     │   └── DiskFull          the disk has too little free space for what would be written
-    └── DownloadFailed        the model could not be brought from the hub
-        ├── NoAccess          the hub does not let this token, or nobody without one, read it
-        ├── NotOnHub          the hub has no such repository, revision or file
-        ├── HubFailed         the hub, or the way to it, did not answer as it should, several times
-        └── BadDownload       what came is not what the hub lists: another length or checksum
+    ├── DownloadFailed        the model could not be brought from the hub
+    │   ├── NoAccess          the hub does not let this token, or nobody without one, read it
+    │   ├── NotOnHub          the hub has no such repository, revision or file
+    │   ├── HubFailed         the hub, or the way to it, did not answer as it should, several times
+    │   └── BadDownload       what came is not what the hub lists: another length or checksum
+    └── JobsError             the queue of jobs does not allow it, or cannot be used now
+        ├── NoSuchJob         there is no job of that id, or it is another owner's
+        ├── KeyReused         an idempotency key, or an id, came again with another request
+        ├── QueueFull         as many jobs wait as may
+        ├── StaleLease        the attempt is not the job's newest any more, so its word is refused
+        └── StoreBusy         the database is locked or away for longer than we wait
 
 `message` says what happened, with both numbers where there are two; `hint` says what to do about
 it. `code` is stable and meant for programs. Nothing here knows about exit codes or HTTP: the edges
-map the four branches (and a test holds that every leaf is mapped).
+map the five branches (and a test holds that every leaf is mapped).
 """
 
 from __future__ import annotations
@@ -77,6 +84,12 @@ class BadOutput(BadRequest):
     """The output path cannot be written, or its suffix names no format."""
 
     code = "bad_output"
+
+
+class BadStore(BadRequest):
+    """The database for jobs is on a network file system, unreadable, or of a newer wanfit."""
+
+    code = "bad_store"
 
 
 class UnknownModel(BadRequest):
@@ -161,3 +174,39 @@ class BadDownload(DownloadFailed):
     """A file came with another length or checksum than the hub lists, and was thrown away."""
 
     code = "bad_download"
+
+
+class JobsError(WanfitError):
+    """A job, or the database that keeps jobs, does not allow what was asked."""
+
+    code = "jobs_error"
+
+
+class NoSuchJob(JobsError):
+    """No job has that id, it was deleted, or it belongs to somebody else."""
+
+    code = "no_such_job"
+
+
+class KeyReused(JobsError):
+    """An idempotency key or a job id came a second time, with another request."""
+
+    code = "key_reused"
+
+
+class QueueFull(JobsError):
+    """As many jobs wait as the server, or this owner, may have; nothing was accepted."""
+
+    code = "queue_full"
+
+
+class StaleLease(JobsError):
+    """An attempt that lost its lease wanted to write; somebody else has the job, or it is over."""
+
+    code = "stale_lease"
+
+
+class StoreBusy(JobsError):
+    """The database of jobs was locked or could not be reached for longer than we wait."""
+
+    code = "store_busy"
