@@ -6,7 +6,7 @@ another and the order of acceptance is the order of `seq`. Jobs come a few in a 
 costs nothing that a clip of seconds would show. `note` is for progress: a process that dies loses
 none of it, a power cut may lose the last of it (synchronous=NORMAL; synchronous_commit=off).
 
-What a database can do wrong comes out as StoreBusy (try again), DiskFull or BadStore. Left out:
+What a database can do wrong comes out as DatabaseBusy (try again), DiskFull or BadSetting. Left out:
 what is written.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from wanfit.errors import BadStore, DiskFull, StoreBusy, WanfitError
+from wanfit.errors import BadSetting, DiskFull, DatabaseBusy, WanfitError
 from wanfit.jobs import schema
 from wanfit.jobs.filesystem import network_kind
 
@@ -154,31 +154,31 @@ class Database:
         if state in NO_ROOM_STATES:
             return DiskFull(f"The disk of the job database is full: {_line(original)}")
         if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
-            return StoreBusy(
+            return DatabaseBusy(
                 f"The job database does not answer: {_line(original)}", hint="Try again later"
             )
         return None
 
 
-def _busy(busy_s: float) -> StoreBusy:
-    return StoreBusy(f"The job database was locked for {busy_s:g} s", hint="Try again later")
+def _busy(busy_s: float) -> DatabaseBusy:
+    return DatabaseBusy(f"The job database was locked for {busy_s:g} s", hint="Try again later")
 
 
 def _sqlite_path(url: str) -> Path | None:
-    """The file of a SQLite database, or None for Postgres. Raises BadStore."""
+    """The file of a SQLite database, or None for Postgres. Raises BadSetting."""
     if "://" not in url:
         return Path(url).absolute()
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
-        raise BadStore("The URL of the job database cannot be read", hint=_HINT) from None
+        raise BadSetting("The URL of the job database cannot be read", hint=_HINT) from None
     kind = parsed.get_backend_name()
     if kind in ("postgresql", "postgres"):
         return None
     if kind != "sqlite":
-        raise BadStore(f"Jobs are not kept in a database of the kind {kind!r}", hint=_HINT)
+        raise BadSetting(f"Jobs are not kept in a database of the kind {kind!r}", hint=_HINT)
     if parsed.database in (None, "", ":memory:"):
-        raise BadStore("A database in memory keeps no jobs", hint=_HINT)
+        raise BadSetting("A database in memory keeps no jobs", hint=_HINT)
     return Path(str(parsed.database)).absolute()
 
 
@@ -186,12 +186,12 @@ _HINT = "Give a path, or a URL as sqlite:///path or postgresql://user@host/name"
 
 
 def _checked_place(path: Path) -> Path:
-    """The path, its directory made, its file ours alone to read. Raises BadStore."""
+    """The path, its directory made, its file ours alone to read. Raises BadSetting."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         kind = network_kind(path.parent)
         if kind is not None:
-            raise BadStore(
+            raise BadSetting(
                 f"The job database {str(path)!r} would be on a network file system ({kind}), where"
                 " SQLite's locks and shared memory do not hold, so that jobs would be lost",
                 hint="Put it on a disk of this machine, or use Postgres (postgresql://...)",
@@ -204,7 +204,7 @@ def _checked_place(path: Path) -> Path:
         finally:
             os.close(directory)
     except OSError as error:
-        raise BadStore(
+        raise BadSetting(
             f"The job database {str(path)!r} cannot be opened: {error.strerror}",
             hint="Give a path that can be written",
         ) from None
@@ -226,7 +226,7 @@ def _sqlite_engine(path: Path, kind: str, busy_s: float) -> sa.Engine:
         connection.execute(f"PRAGMA busy_timeout={int(busy_s * 1000)}")  # first: the rest may wait
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
-            raise BadStore(f"The job database {str(path)!r} cannot use WAL, only {mode}")
+            raise BadSetting(f"The job database {str(path)!r} cannot use WAL, only {mode}")
         connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
         connection.execute("PRAGMA temp_store=MEMORY")
         if kind == "READ":
@@ -254,9 +254,9 @@ def _sqlite_error(error: sqlite3.Error, path: Path, busy_s: float) -> WanfitErro
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return _busy(busy_s)
     if primary == sqlite3.SQLITE_IOERR or primary in READ_ONLY_CODES:
-        return StoreBusy(f"The job database {str(path)!r} cannot be used now: {error}")
+        return DatabaseBusy(f"The job database {str(path)!r} cannot be used now: {error}")
     if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return BadStore(f"{str(path)!r} is no whole job database: {error}")
+        return BadSetting(f"{str(path)!r} is no whole job database: {error}")
     return None
 
 
@@ -265,7 +265,7 @@ def _postgres_engine(url: str) -> sa.Engine:
     try:
         return sa.create_engine(parsed, pool_size=8, max_overflow=24, pool_pre_ping=True)
     except ImportError:
-        raise BadStore(
+        raise BadSetting(
             "Postgres needs the package psycopg, which is not installed",
             hint="pip install 'wanfit[postgres]'",
         ) from None
@@ -280,7 +280,7 @@ def _begin_on_postgres(connection: sa.Connection, alone: bool, busy_s: float) ->
 
 
 def _make_tables(connection: sa.Connection) -> None:
-    """Makes what is missing. Raises BadStore for the tables of a newer wanfit."""
+    """Makes what is missing. Raises BadSetting for the tables of a newer wanfit."""
     schema.metadata.create_all(connection)
     version = connection.scalar(
         sa.select(schema.about.c.value).where(schema.about.c.name == "version")
@@ -290,7 +290,7 @@ def _make_tables(connection: sa.Connection) -> None:
             sa.insert(schema.about).values(name="version", value=str(schema.VERSION))
         )
     elif int(version) > schema.VERSION:
-        raise BadStore(
+        raise BadSetting(
             f"The job database has version {version}, and this wanfit knows {schema.VERSION}",
             hint="Use the wanfit that made it, or another database",
         )

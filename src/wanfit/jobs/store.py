@@ -29,8 +29,8 @@ from wanfit.jobs.job import (
 class JobStore:
     """url: a path or `sqlite:///path` for SQLite, `postgresql://...` for Postgres.
 
-    Raises BadStore where the database cannot be trusted with jobs (a network file system, a newer
-    schema), StoreBusy where it is locked or away for too long, DiskFull.
+    Raises BadSetting where the database cannot be trusted with jobs (a network file system, a newer
+    schema), DatabaseBusy where it is locked or away for too long, DiskFull.
     """
 
     def __init__(self, url: str) -> None:
