@@ -69,9 +69,7 @@ def _same_body(tx: Transaction, new: NewJob) -> Row | None:
     """Of a retry without a key. Two equal requests that are no retries are two jobs."""
     if new.dedupe_s is None or new.body_hash is None or new.idempotency_key is not None:
         return None
-    row = _newest(
-        tx, jobs.c.owner == new.owner, jobs.c.body_hash == new.body_hash, _visible
-    )
+    row = _newest(tx, jobs.c.owner == new.owner, jobs.c.body_hash == new.body_hash, _visible)
     # A clock that jumped back makes the age negative: then it is a retry, not a job of tomorrow.
     return row if row is not None and tx.now_s - row["created_s"] <= new.dedupe_s else None
 

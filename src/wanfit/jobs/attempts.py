@@ -24,6 +24,7 @@ from wanfit.jobs.database import Transaction
 from wanfit.jobs.job import Claim, EventKind, Failure, Progress
 from wanfit.jobs.rows import Row, add_event, change, finish, requeue
 from wanfit.jobs.schema import events, jobs
+from wanfit.outputs import Kept
 
 MAX_DEATHS = 2  # of the issue: a job that kills its worker twice is failed
 MAX_LOSSES = 5  # ours: bad luck more often than that is no luck
@@ -62,7 +63,10 @@ def beat(
     news: Sequence[tuple[EventKind, Mapping[str, Any]]],
 ) -> bool:
     """One heartbeat, with what happened since the last. Whether the job is to be cancelled."""
-    values: dict[str, Any] = {"beats": jobs.c.beats + 1, "last_event": jobs.c.last_event + len(news)}
+    values: dict[str, Any] = {
+        "beats": jobs.c.beats + 1,
+        "last_event": jobs.c.last_event + len(news),
+    }
     if progress is not None:
         values |= {
             "percent": progress.percent,
@@ -108,9 +112,7 @@ def _add_news(
     tx.connection.execute(sa.insert(events), rows)
 
 
-def complete(
-    tx: Transaction, claim: Claim, result: Mapping[str, Any], report: Mapping[str, Any]
-) -> Row:
+def complete(tx: Transaction, claim: Claim, result: Kept, report: Mapping[str, Any]) -> Row:
     row, is_open = _held(tx, claim)
     if not is_open:
         return row
@@ -122,8 +124,8 @@ def complete(
         "completed",
         by=claim,
         percent=100.0,
-        result=dict(result),
-        result_key=str(result["key"]),
+        result=result.to_json(),
+        result_key=result.key,
         report=dict(report),
     )
 
@@ -152,9 +154,7 @@ def crashed(tx: Transaction, claim: Claim, failure: Failure, *, blame: bool) -> 
     return lose(tx, row, failure, blame=blame, by=claim) if is_open else row
 
 
-def lose(
-    tx: Transaction, row: Row, failure: Failure, *, blame: bool, by: Claim | None
-) -> Row:
+def lose(tx: Transaction, row: Row, failure: Failure, *, blame: bool, by: Claim | None) -> Row:
     """A running job has no worker any more. by: the claim that says so; None: it was found."""
     if row["cancel_requested"]:
         return finish(tx, row, "cancelled", by=by)

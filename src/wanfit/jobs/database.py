@@ -6,8 +6,8 @@ another and the order of acceptance is the order of `seq`. Jobs come a few in a 
 costs nothing that a clip of seconds would show. `note` is for progress: a process that dies loses
 none of it, a power cut may lose the last of it (synchronous=NORMAL; synchronous_commit=off).
 
-What a database can do wrong comes out as DatabaseBusy (try again), DiskFull or BadSetting. Left out:
-what is written.
+What a database can do wrong comes out as DatabaseBusy (try again), DiskFull or BadSetting. Left
+out: what is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from wanfit.errors import BadSetting, DiskFull, DatabaseBusy, WanfitError
+from wanfit.errors import BadSetting, DatabaseBusy, DiskFull, WanfitError
 from wanfit.jobs import schema
 from wanfit.jobs.filesystem import network_kind
 

@@ -26,7 +26,11 @@ def ripe(connection: sa.Connection, watch: Stillness, limit: int) -> list[tuple[
     )
     rows = connection.execute(query).all()
     watch.forget_others(row.id for row in rows)
-    due = ((row.id, row.attempts) for row in rows if watch.is_over(row.id, row.attempts, row.wait_s))
+    due = (
+        (row.id, row.attempts)
+        for row in rows
+        if watch.is_over(row.id, (row.attempts, row.wait_s), row.wait_s)
+    )
     return [found for found, _ in zip(due, range(limit), strict=False)]
 
 
@@ -52,12 +56,8 @@ def sent(tx: Transaction, notice: Notice) -> None:
 
 
 def failed(tx: Transaction, notice: Notice, why: str, retry_in_s: float | None) -> None:
-    """None: given up. The attempt is counted anew, which begins the wait."""
-    values = (
-        {"given_up": True}
-        if retry_in_s is None
-        else {"wait_s": retry_in_s, "attempts": notice.attempts}
-    )
+    """None: given up. Another wait begins anew, so `ripe` counts it from its first sight of it."""
+    values = {"given_up": True} if retry_in_s is None else {"wait_s": retry_in_s}
     statement = (
         sa.update(notices)
         .where(notices.c.id == notice.id, notices.c.attempts == notice.attempts)

@@ -48,9 +48,7 @@ def _seq(connection: sa.Connection, job_id: str, owner: str | None) -> int:
     return int(seq)
 
 
-def events_after(
-    connection: sa.Connection, job_id: str, after: int, limit: int
-) -> list[JobEvent]:
+def events_after(connection: sa.Connection, job_id: str, after: int, limit: int) -> list[JobEvent]:
     query = (
         sa.select(events)
         .where(events.c.job_id == job_id, events.c.seq > after)
@@ -108,9 +106,7 @@ def pace(connection: sa.Connection) -> float:
     """
     query = (
         sa.select(jobs.c.started_s, jobs.c.ended_s, jobs.c.expected_s)
-        .where(
-            jobs.c.state == "completed", jobs.c.cached.is_(False), jobs.c.expected_s > 0
-        )
+        .where(jobs.c.state == "completed", jobs.c.cached.is_(False), jobs.c.expected_s > 0)
         .order_by(jobs.c.seq.desc())
         .limit(PACE_JOBS)
     )
@@ -120,4 +116,5 @@ def pace(connection: sa.Connection) -> float:
     ]
     if not ratios:
         return 1.0
-    return min(PACE_RANGE[1], max(PACE_RANGE[0], statistics.median(ratios)))
+    slowest, fastest = max(PACE_RANGE), min(PACE_RANGE)
+    return float(min(slowest, max(fastest, statistics.median(ratios))))

@@ -64,7 +64,5 @@ def end_waiting(tx: Transaction, job_ids: list[str]) -> list[Row]:
 def leases_of_the_dead(connection: sa.Connection, *, same_host: bool) -> list[str]:
     query = sa.select(jobs.c.lease, jobs.c.worker).where(jobs.c.state == "running")
     return [
-        lease
-        for lease, worker in connection.execute(query)
-        if is_dead(worker, same_host=same_host)
+        lease for lease, worker in connection.execute(query) if is_dead(worker, same_host=same_host)
     ]

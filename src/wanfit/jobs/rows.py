@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,30 +12,20 @@ from wanfit.errors import NoSuchJob
 from wanfit.jobs.database import Transaction
 from wanfit.jobs.job import Claim, EventKind, Failure, Job, State
 from wanfit.jobs.schema import events, inputs, jobs, notices
+from wanfit.outputs import Kept
 
 Row = sa.RowMapping
-_AS_THEY_ARE = tuple(
-    name for name in Job.__slots__ if name not in ("error", "has_image") and name in jobs.c
-)
+_AS_THEY_ARE = tuple(name for name in Job.__slots__ if name not in ("error", "result"))
 
 
 def job_of(row: Row) -> Job:
-    error = row["error"]
-    fields = {name: row[name] for name in _AS_THEY_ARE}
+    """The job that a row holds."""
+    error, result = row["error"], row["result"]
     return Job(
-        **fields,
-        has_image=row["has_image"],
+        **{name: row[name] for name in _AS_THEY_ARE},
         error=None if error is None else Failure(**error),
+        result=None if result is None else Kept.from_json(result),
     )
-
-
-def failure_json(failure: Failure) -> dict[str, Any]:
-    return {
-        "code": failure.code,
-        "message": failure.message,
-        "hint": failure.hint,
-        "plan": failure.plan,
-    }
 
 
 def find(connection: sa.Connection, job_id: str, owner: str | None) -> Row:
@@ -119,7 +110,7 @@ def finish(
         closed_by=None if by is None else by.lease,
         ended_s=tx.now_s,
         stage=None,
-        error=None if failure is None else failure_json(failure),
+        error=None if failure is None else asdict(failure),
         **values,
     )
     add_event(tx, row, _KIND_OF[state], None if failure is None else _told(failure))
