@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from wanfit.errors import BadOption, WanfitError
+from wanfit.outputs import Kept
 
 State = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
 Face = Literal["runpod", "openai", "own"]
@@ -120,7 +121,7 @@ class Job:
     step: int | None
     steps: int | None
     error: Failure | None
-    result: Mapping[str, Any] | None  # Kept.to_json() of wanfit.outputs
+    result: Kept | None
     output_gone: bool  # completed, and its files were swept since
     cached: bool  # answered with the files of an earlier job
     report: Mapping[str, Any] | None  # Report.to_json()
