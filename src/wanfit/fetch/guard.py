@@ -23,6 +23,9 @@ MAX_URL_CHARS = 8192  # ours: signed addresses of S3 have up to 2,000
 RESOLVE_S = 10.0  # ours: twice what the resolver of glibc waits for one server
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")  # parsers differ about these
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+MAX_NAME_CHARS = 253  # RFC 1035
 # WHATWG: a host whose last label is a number is an IPv4 address, in many spellings: 2130706433,
 # 0177.0.0.1, 0x7f.1, 127.1. We take only the one with four decimal parts.
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]*|[0-9]+)")
@@ -152,7 +155,7 @@ def _parsed(url: str) -> Target:
     try:
         parsed = httpx2.URL(url)
         host = parsed.raw_host.decode("ascii").lower().removesuffix(".")
-        port = parsed.port or _DEFAULT_PORTS.get(parsed.scheme, 0)
+        port = _DEFAULT_PORTS.get(parsed.scheme, 0) if parsed.port is None else parsed.port
     except (httpx2.InvalidURL, UnicodeError, ValueError) as error:
         raise BadUrl(f"{url[:100]!r} is not a URL", hint=str(error)[:200]) from None
     if parsed.scheme not in _DEFAULT_PORTS:
@@ -162,7 +165,7 @@ def _parsed(url: str) -> Target:
         )
     if parsed.userinfo:
         raise BadUrl("The URL names a user before its host", hint="Leave out what is before the @")
-    if not host or "%" in host:
+    if _literal(host) is None and (len(host) > MAX_NAME_CHARS or not _NAME.fullmatch(host)):
         raise BadUrl(f"{url[:100]!r} names no host of the Internet")
     if ":" not in host and _NUMBER.fullmatch(host.rpartition(".")[2]) and _literal(host) is None:
         raise BadUrl(
