@@ -28,6 +28,7 @@ from wanfit import cli, errors, service
 from wanfit.errors import (
     BadRequest,
     DownloadFailed,
+    JobsError,
     NoRoom,
     StoreFailed,
     WanfitError,
@@ -421,7 +422,8 @@ class TestExitCodes:
     def test_every_leaf_of_the_error_tree_is_mapped(self) -> None:
         assert errors.BadSize in leaves(WanfitError)
         for leaf in leaves(WanfitError):
-            codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6, StoreFailed: 7}
+            codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6}
+            codes |= {StoreFailed: 7, JobsError: 1}
             (branch,) = set(codes) & set(leaf.__mro__)
             code = codes[branch]
             assert cli.exit_code(leaf("message")) == code

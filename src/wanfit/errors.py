@@ -24,10 +24,16 @@
     │   ├── NotOnHub          the hub has no such repository, revision or file
     │   ├── HubFailed         the hub, or the way to it, did not answer as it should, several times
     │   └── BadDownload       what came is not what the hub lists: another length or checksum
-    └── StoreFailed           a finished clip could not be put in its store, or not be had from it
-        ├── NotKept           the store has nothing by that key (any more)
-        ├── StoreGone         the store did not answer for as long as we tried
-        └── StoreRefused      the store answers, and does not let us: credentials, bucket, policy
+    ├── StoreFailed           a finished clip could not be put in its store, or not be had from it
+    │   ├── NotKept           the store has nothing by that key (any more)
+    │   ├── StoreGone         the store did not answer for as long as we tried
+    │   └── StoreRefused      the store answers, and does not let us: credentials, bucket, policy
+    └── JobsError             the queue of jobs does not allow it, or cannot be used now
+        ├── NoSuchJob         there is no job of that id, or it is another owner's
+        ├── KeyReused         an idempotency key, or an id, came again with another request
+        ├── QueueFull         as many jobs wait as may
+        ├── StaleLease        the attempt is not the job's newest any more, so its word is refused
+        └── DatabaseBusy      the database is locked or away for longer than we wait
 
 `message` says what happened, with both numbers where there are two; `hint` says what to do about
 it. `code` is stable and meant for programs. Nothing here knows about exit codes or HTTP: the edges
@@ -210,3 +216,39 @@ class StoreRefused(StoreFailed):
     """The store answers, and refuses: credentials, bucket or policy; waiting does not help."""
 
     code = "store_refused"
+
+
+class JobsError(WanfitError):
+    """A job, or the database that keeps jobs, does not allow what was asked."""
+
+    code = "jobs_error"
+
+
+class NoSuchJob(JobsError):
+    """No job has that id, it was deleted, or it belongs to somebody else."""
+
+    code = "no_such_job"
+
+
+class KeyReused(JobsError):
+    """An idempotency key or a job id came a second time, with another request."""
+
+    code = "key_reused"
+
+
+class QueueFull(JobsError):
+    """As many jobs wait as the server, or this owner, may have; nothing was accepted."""
+
+    code = "queue_full"
+
+
+class StaleLease(JobsError):
+    """An attempt that lost its lease wanted to write; somebody else has the job, or it is over."""
+
+    code = "stale_lease"
+
+
+class DatabaseBusy(JobsError):
+    """The database of jobs was locked or could not be reached for longer than we wait."""
+
+    code = "database_busy"
