@@ -30,7 +30,7 @@ CONTENT_TYPES: Mapping[Variant, str] = {
     "metadata": "application/json",
 }
 # Letters, digits, _ and -: no separator of paths or of keys, nothing hidden, nothing relative.
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _KEY = re.compile(rf"({_ID.pattern})\.({_ID.pattern})")
 
 
@@ -39,7 +39,7 @@ def checked_id(given: str) -> str:
     if not _ID.fullmatch(given):
         raise BadOption(
             f"{given[:100]!r} is not an id",
-            hint="An id has 1 to 100 letters, digits, '_' and '-', and begins with no sign",
+            hint="An id has 1 to 100 letters, digits, _ and -",
         )
     return given
 
