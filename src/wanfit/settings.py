@@ -52,6 +52,7 @@ class Settings:
     public_url: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    allowed_targets: tuple[str, ...] = ()
     url_s: float = 3600.0
     model: str = "demo"
     device: str = "auto"
@@ -189,6 +190,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("PUBLIC_URL", "The address that clients use, for links to clips", _url),
     Variable("ALLOWED_HOSTS", "More names that the Host header may have, with commas", _words),
     Variable("CORS_ORIGINS", "Origins whose pages may use the server, with commas", _words),
+    Variable(
+        "ALLOWED_TARGETS", "host:port of this network that URLs and webhooks may lead to, with commas",
+        _words,
+    ),
     Variable("URL_SECONDS", "How long a link to a clip is good", _number(1, 604_800), ("url_s",)),
     Variable("MODEL", "The model of a request that names none", _text),
     Variable("DEVICE", "auto, cpu, cuda or cuda:N", _text),

@@ -19,9 +19,14 @@ from typing import Any, Literal
 from wanfit.errors import (
     BadRequest,
     BadSetting,
+    DatabaseBusy,
     DoesNotFit,
     DownloadFailed,
+    KeyReused,
     NoRoom,
+    NoSuchJob,
+    NotKept,
+    QueueFull,
     StoreFailed,
     WanfitError,
     WeightsError,
@@ -94,8 +99,14 @@ def problem_of(error: WanfitError, *, param: str | None = None) -> Problem:
             details = {"shortage": None if shortage is None else asdict(shortage)}
         case NoRoom():
             status, headers = 503, {"retry-after": "30"}
-        case WeightsError():  # the model is not to be had here
+        case WeightsError() | NoSuchJob() | NotKept():  # a model is not to be had here either
             status = 404
+        case KeyReused():  # not 409, which OpenAI's client sends again
+            status = 422
+        case QueueFull():
+            status, headers = 429, {"retry-after": "10"}
+        case DatabaseBusy():
+            status, headers = 503, {"retry-after": "1"}
         case StoreFailed() | DownloadFailed():
             status, headers = 503, {"retry-after": "5"}
         case _:
