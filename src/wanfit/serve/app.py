@@ -73,7 +73,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
         case RequestValidationError():
             problem = _invalid(error)
         case HTTPException():
-            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+            code = {404: "not_found", 405: "method_not_allowed"}.get(
+                error.status_code, "http_error"
+            )
             problem = Problem(
                 error.status_code, code, str(error.detail), headers=dict(error.headers or {})
             )

@@ -13,7 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from wanfit.jobs.job import ID_PATTERN, Job, JobEvent, NewJob, Order, Outlook, Page, QueueLimit, State
+from wanfit.jobs.job import (
+    ID_PATTERN,
+    Job,
+    JobEvent,
+    NewJob,
+    Order,
+    Outlook,
+    Page,
+    QueueLimit,
+    State,
+)
 from wanfit.jobs.store import JobStore
 from wanfit.serve.problems import no_such_job
 
@@ -101,7 +111,11 @@ class Desk:
         """The job once it is over, or as it is after `wait_s`."""
         deadline_s = time.monotonic() + wait_s
         with self._listening(job.id) as changed:
-            while not job.is_final and not self._ended and (left_s := deadline_s - time.monotonic()) > 0:
+            while (
+                not job.is_final
+                and not self._ended
+                and (left_s := deadline_s - time.monotonic()) > 0
+            ):
                 await _either(changed, min(left_s, LOOK_AGAIN_S))
                 job = await self.get(job.id, job.owner)
         return job

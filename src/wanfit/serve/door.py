@@ -96,7 +96,9 @@ class Door:
         if asked.webhook is not None:
             await self._in(self._downloads, self._guard.check, asked.webhook)
         quote = await self.quote(asked.fields, asked.picture, caller)
-        job, created = await self._desk.submit(self._new_job(asked, quote, caller), self._limit(caller))
+        job, created = await self._desk.submit(
+            self._new_job(asked, quote, caller), self._limit(caller)
+        )
         if self._settings.log_prompts:
             log.info("job %s: %r", job.id, job.request.get("prompt"))
         return job, created
@@ -134,9 +136,7 @@ class Door:
         return Quote(resolved, planned.plan, image)
 
     def _check_work(self, request: ResolvedRequest, caller: Caller) -> None:
-        work = (
-            request.width * request.height * request.num_frames * request.num_inference_steps
-        )
+        work = request.width * request.height * request.num_frames * request.num_inference_steps
         most = caller.limits.max_work
         if most is not None and work > most:
             raise Problem(

@@ -343,7 +343,10 @@ def _request_id(headers: Headers) -> str:
 def _preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [
         (b"access-control-allow-methods", b"GET, POST, DELETE"),
-        (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id"),
+        (
+            b"access-control-allow-headers",
+            b"authorization, content-type, idempotency-key, last-event-id",
+        ),
         (b"access-control-max-age", b"600"),
     ]
 

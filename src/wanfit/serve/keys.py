@@ -70,7 +70,9 @@ class KeyFile:
         with self._changing() as keys:
             if any(key.name == name and key.revoked_s is None for key in keys):
                 raise BadOption(f"There is a key {name!r} already", hint="Name it otherwise")
-            key = Key("key_" + secrets.token_hex(6), name, sha256_of(text), time.time(), None, limits)
+            key = Key(
+                "key_" + secrets.token_hex(6), name, sha256_of(text), time.time(), None, limits
+            )
             keys.append(key)
         return text, key
 

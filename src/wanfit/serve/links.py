@@ -18,6 +18,8 @@ from wanfit.errors import BadSetting
 from wanfit.jobs.job import Job
 from wanfit.outputs import OutputStore, Variant
 from wanfit.serve.problems import Problem
+from wanfit.settings import Settings
+from wanfit.webhooks import Secret
 
 SECRET_BYTES = 32
 
@@ -72,6 +74,13 @@ def read_secret(path: Path) -> bytes:
     if len(secret) != SECRET_BYTES:
         raise BadSetting(f"{str(path)!r} is damaged", hint="Delete it; links made before end then")
     return secret
+
+
+def webhook_secret(settings: Settings) -> Secret:
+    """The one that was set, or one that is drawn once and kept beside the jobs."""
+    if settings.webhook_secret is not None:
+        return Secret.parse(settings.webhook_secret)
+    return Secret(read_secret(settings.data / "webhook-secret"))
 
 
 def file_name(job: Job, variant: Variant) -> str:

@@ -57,7 +57,9 @@ class Metrics:
             "wanfit_stage_peak_bytes", "Of a stage of the newest job",
             ["model", "stage", "memory", "kind"], registry=registry,
         )  # fmt: skip
-        self._worker_ready = Gauge("wanfit_worker_ready", "1: the GPU process is", registry=registry)
+        self._worker_ready = Gauge(
+            "wanfit_worker_ready", "1: the GPU process is", registry=registry
+        )
         self._requests = Counter(
             "wanfit_http_requests", "Answers", ["method", "route", "status"], registry=registry
         )

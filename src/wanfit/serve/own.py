@@ -1,7 +1,7 @@
 """Our own face: what a clip would cost here, and jobs with everything that is known of them.
 
-    POST /v1/plan · POST /v1/jobs · GET /v1/jobs, /v1/jobs/{id}, /v1/jobs/{id}/events
-    POST /v1/jobs/{id}/cancel · DELETE /v1/jobs/{id} · GET /v1/files/{id}/{variant}?end&sign
+POST /v1/plan · POST /v1/jobs · GET /v1/jobs, /v1/jobs/{id}, /v1/jobs/{id}/events
+POST /v1/jobs/{id}/cancel · DELETE /v1/jobs/{id} · GET /v1/files/{id}/{variant}?end&sign
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from wanfit.serve.views import iso, job_json
 PING_S = 15  # ours: proxies cut a silent connection after 30 to 60 s
 MAX_SEQ = 2**31
 _ERRORS = describe.errors("own")
-_JOB = describe.thing({"id": {"type": "string"}, "state": {"type": "string"}, "queue": {"type": "object"}})
+_JOB = describe.thing(
+    {"id": {"type": "string"}, "state": {"type": "string"}, "queue": {"type": "object"}}
+)
 _NEW = describe.video_fields()
 _NEW["properties"].update(
     priority={"type": "integer", "minimum": -100, "maximum": 100},
@@ -114,7 +116,9 @@ async def submit(request: Request) -> JSONResponse:
     return JSONResponse(job_json(view), status_code=202 if created else 200)
 
 
-@router.get("/jobs", responses=_ERRORS | describe.answer(describe.thing({"jobs": {"type": "array"}})))
+@router.get(
+    "/jobs", responses=_ERRORS | describe.answer(describe.thing({"jobs": {"type": "array"}}))
+)
 async def list_jobs(
     request: Request,
     after: Annotated[str | None, Query(max_length=100)] = None,

@@ -32,12 +32,12 @@ from wanfit.serve.desk import Desk
 from wanfit.serve.door import Door
 from wanfit.serve.hall import Hall
 from wanfit.serve.keys import KeyFile, Keyring
-from wanfit.serve.links import Links, read_secret
+from wanfit.serve.links import Links, read_secret, webhook_secret
 from wanfit.serve.metrics import Metrics
 from wanfit.serve.notices import word_notice
 from wanfit.serve.protocol import protocol_options
 from wanfit.settings import Settings
-from wanfit.webhooks import Secret, Sender
+from wanfit.webhooks import Sender
 
 log = logging.getLogger("wanfit.serve")
 
@@ -102,8 +102,10 @@ class _Parts:
             workers=self.supervisor.status,
         )
         self._stopped = threading.Event()
-        self._sender = Sender(self.store, guard, [_webhook_secret(settings)], self._word)
-        self._sending = threading.Thread(target=self._sender.run, args=(self._stopped,), daemon=True)
+        self._sender = Sender(self.store, guard, [webhook_secret(settings)], self._word)
+        self._sending = threading.Thread(
+            target=self._sender.run, args=(self._stopped,), daemon=True
+        )
         self.address = ""
 
     def start(self, address: str) -> None:
@@ -189,13 +191,6 @@ def _outputs(settings: Settings) -> OutputStore:
         min_free_bytes=settings.min_free_bytes,
     )
     return LocalOutputs(Path(settings.outputs_place).expanduser(), retention)
-
-
-def _webhook_secret(settings: Settings) -> Secret:
-    """The one that was set, or one that is drawn once and kept beside the jobs."""
-    if settings.webhook_secret is not None:
-        return Secret.parse(settings.webhook_secret)
-    return Secret(read_secret(settings.data / "webhook-secret"))
 
 
 def _make_private(directory: Path) -> None:

@@ -101,9 +101,7 @@ def read_input(body: Mapping[str, Any]) -> Order:
         if not isinstance(asked, str) or not asked:
             raise Problem(400, "bad_input", "`params` has no `request_id`", param="request_id")
         return Order({}, None, _flag(given.get("return_video")), asked)
-    raise Problem(
-        400, "bad_input", "`action` is neither 'request' nor 'status'", param="action"
-    )
+    raise Problem(400, "bad_input", "`action` is neither 'request' nor 'status'", param="action")
 
 
 def _order(fields: Mapping[str, Any], return_video: object) -> Order:
@@ -120,7 +118,9 @@ def _flag(given: object) -> bool:
         return False
     if given in (True, "true", 1):
         return True
-    raise Problem(400, "bad_option", "`return_video` is neither true nor false", param="return_video")
+    raise Problem(
+        400, "bad_option", "`return_video` is neither true nor false", param="return_video"
+    )
 
 
 def read_envelope(body: Mapping[str, Any], order: Order, job_id: str) -> Asked:

@@ -84,7 +84,9 @@ router = APIRouter(prefix="/v1", tags=["openai"])
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {kind: {"schema": _CREATE} for kind in ("application/json", "multipart/form-data")},
+            "content": {
+                kind: {"schema": _CREATE} for kind in ("application/json", "multipart/form-data")
+            },
         }
     },
 )
@@ -208,7 +210,9 @@ async def remix(request: Request, video_id: JobId) -> JSONResponse:
     return await _video_response(hall, request, await _admit(hall, request, asked))
 
 
-@router.get("/models", responses=_ERRORS | describe.answer(describe.thing({"data": {"type": "array"}})))
+@router.get(
+    "/models", responses=_ERRORS | describe.answer(describe.thing({"data": {"type": "array"}}))
+)
 async def models(request: Request) -> JSONResponse:
     """The models that this machine has the weights of."""
     here = await _servable(hall_of(request))
