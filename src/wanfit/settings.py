@@ -62,7 +62,6 @@ class Settings:
     job_s: float | None = None
     grace_s: float = 30.0
     cache: bool = False
-    previews: bool = True
     webhook_secret: str | None = field(default=None, repr=False)
     log_prompts: bool = False
 
@@ -173,25 +172,50 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("KEEP_DAYS", "After so many days a clip is deleted", _days, ("keep_s",)),
     Variable("KEEP_BYTES", "The oldest clips are deleted beyond so many bytes", _amount),
     Variable(
-        "MIN_FREE", "So much of the disk stays free: the oldest clips go, then jobs are refused",
-        _amount, ("min_free_bytes",),
+        "MIN_FREE",
+        "So much of the disk stays free: the oldest clips go, then jobs wait",
+        _amount,
+        ("min_free_bytes",),
     ),
     Variable("API_KEY", "A key beside those of `wanfit keys`", _text),
-    Variable("REQUESTS_PER_SECOND", "Of one key", _number(0.01, _MANY), ("limits", "requests_per_s")),
-    Variable("JOBS_PER_MINUTE", "Of one key", _number(0.01, _MANY), ("limits", "jobs_per_minute")),
-    Variable("QUEUED_PER_KEY", "Jobs of one key that may wait", _whole(1, _MANY), ("limits", "max_queued")),
     Variable(
-        "MAX_WORK", "The largest job: width x height x frames x steps",
-        _whole(1, 10**15), ("limits", "max_work"),
+        "REQUESTS_PER_SECOND",
+        "Of one key",
+        _number(0.01, _MANY),
+        ("limits", "requests_per_s"),
+    ),
+    Variable(
+        "JOBS_PER_MINUTE",
+        "Of one key",
+        _number(0.01, _MANY),
+        ("limits", "jobs_per_minute"),
+    ),
+    Variable(
+        "QUEUED_PER_KEY",
+        "Jobs of one key that may wait",
+        _whole(1, _MANY),
+        ("limits", "max_queued"),
+    ),
+    Variable(
+        "MAX_WORK",
+        "The largest job: width x height x frames x steps",
+        _whole(1, 10**15),
+        ("limits", "max_work"),
     ),
     Variable("MAX_QUEUED", "Jobs of everybody that may wait", _whole(1, _MANY)),
     Variable("MAX_BODY", "The most bytes of a request", _amount, ("max_body_bytes",)),
-    Variable("BODY_SECONDS", "The time that a request's body may take", _number(0.1, 3600), ("body_s",)),
+    Variable(
+        "BODY_SECONDS",
+        "The time that a request's body may take",
+        _number(0.1, 3600),
+        ("body_s",),
+    ),
     Variable("PUBLIC_URL", "The address that clients use, for links to clips", _url),
     Variable("ALLOWED_HOSTS", "More names that the Host header may have, with commas", _words),
     Variable("CORS_ORIGINS", "Origins whose pages may use the server, with commas", _words),
     Variable(
-        "ALLOWED_TARGETS", "host:port of this network that URLs and webhooks may lead to, with commas",
+        "ALLOWED_TARGETS",
+        "host:port of this network that URLs and webhooks may lead to, with commas",
         _words,
     ),
     Variable("URL_SECONDS", "How long a link to a clip is good", _number(1, 604_800), ("url_s",)),
@@ -200,16 +224,22 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("PRECISION", "auto, fp32, bf16 or fp8", _text),
     Variable("VRAM", "The most GPU memory to hold", _amount, ("vram_bytes",)),
     Variable("RAM", "The most RAM to hold", _amount, ("ram_bytes",)),
-    Variable("JOB_SECONDS", "The most that one attempt at a job may take", _number(1, _MANY), ("job_s",)),
     Variable(
-        "GRACE_SECONDS", "At SIGTERM a running job has so long to finish; then it is queued again",
-        _number(0, 86_400), ("grace_s",),
+        "JOB_SECONDS",
+        "The most that one attempt at a job may take",
+        _number(1, _MANY),
+        ("job_s",),
+    ),
+    Variable(
+        "GRACE_SECONDS",
+        "At SIGTERM a running job has so long to finish; then it is queued again",
+        _number(0, 86_400),
+        ("grace_s",),
     ),
     Variable("CACHE", "1: the same request with the same seed gives the same clip at once", _flag),
-    Variable("PREVIEWS", "0: no small pictures while a clip is made", _flag),
     Variable("WEBHOOK_SECRET", "whsec_...: what webhooks are signed with", _text),
     Variable("LOG_PROMPTS", "1: prompts are written to the log", _flag),
-)  # fmt: skip
+)
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:

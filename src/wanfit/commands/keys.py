@@ -102,7 +102,7 @@ def _file(settings: Settings) -> KeyFile:
     return KeyFile(settings.keys_file)
 
 
-def _limits(limits: Limits, **given: float | None) -> Limits:
+def _limits(limits: Limits, **given: Any) -> Limits:
     return replace(limits, **{name: value for name, value in given.items() if value is not None})
 
 

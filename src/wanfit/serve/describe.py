@@ -60,6 +60,16 @@ def errors(face: Face, statuses: Iterable[int] = ANY_ERROR) -> dict[int | str, d
     }
 
 
+def file_answers(face: Face) -> dict[int | str, dict[str, Any]]:
+    """The answers of a route that sends a file, whole or in part."""
+    kinds: dict[str, Any] = {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}
+    return errors(face, (*ANY_ERROR, 410, 416)) | {
+        200: {"description": "The bytes", "content": kinds},
+        206: {"description": "A range of them", "content": kinds},
+        304: {"description": "The client has it"},
+    }
+
+
 def answer(schema: Mapping[str, Any], status: int = 200) -> dict[int | str, dict[str, Any]]:
     """The good answer of a route, in JSON."""
     return {
@@ -82,7 +92,7 @@ def video_fields(*, images: bool = True) -> dict[str, Any]:
     properties = dict(schema["properties"])
     del properties["prompt"]["title"]
     for alias, name in ALIASES.items():
-        like = properties.get(name, properties["guidance_high"])
+        like: dict[str, Any] = properties.get(name) or properties["guidance_high"]
         properties[alias] = {**like, "description": f"Another name of {name}"}
     properties["guidance"] = {**properties["guidance_high"], "description": "Of both experts"}
     properties["size"] = {**_TEXT, "description": "WIDTHxHEIGHT", "pattern": r"^\d+[xX*]\d+$"}

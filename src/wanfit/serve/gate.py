@@ -1,6 +1,6 @@
 """What every request passes before a face sees it, in this order, and what every answer carries.
 
-    request id -> host and origin -> announced length -> key -> rate -> body, bounded in bytes and time
+    request id -> host, origin -> announced length -> key -> rate -> body, bounded in bytes and time
 
 Plain ASGI: three microseconds where Starlette's middleware costs a task per request. A body is read
 whole here, within its bounds, so that no face can forget them; what is refused is answered before
@@ -30,7 +30,7 @@ from wanfit.settings import Limits, Settings
 
 log = logging.getLogger("wanfit.serve")
 
-# Answers of bodies that are in memory at once; ours: eight of the largest that is let in.
+# Of the largest size that is let in, in memory at once; ours: a quarter of a GB by default.
 BODIES_IN_MEMORY = 8
 OPEN_PATHS = ("/livez", "/readyz", "/openapi.json", "/docs", "/v1/files/")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

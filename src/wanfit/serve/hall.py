@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from starlette.requests import Request
 
@@ -18,7 +18,6 @@ from wanfit.serve.links import Links
 from wanfit.serve.metrics import Metrics
 from wanfit.serve.views import Seen, seen
 from wanfit.settings import Settings
-
 
 Health = Literal[
     "ready",  # the next job begins at once
@@ -52,8 +51,9 @@ class Hall:
             return "ready"
         if states & {"busy", "keeping"}:
             return "busy"
-        found = next((known for known in get_args(Health) if known in states), "failing")
-        return found  # type: ignore[no-any-return]
+        if "starting" in states:
+            return "starting"
+        return "no_room" if "no_room" in states else "failing"
 
     async def look(self, job: Job, base_url: str) -> Seen:
         """The job with its place in the queue and the addresses of its files."""

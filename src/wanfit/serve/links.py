@@ -41,7 +41,8 @@ class Links:
         if signed is not None:
             return signed
         end_s = round(time.time() + self._good_s)
-        return f"{base_url}/v1/files/{job.id}/{variant}?end={end_s}&sign={self._sign(job.id, variant, end_s)}"
+        sign = self._sign(job.id, variant, end_s)
+        return f"{base_url}/v1/files/{job.id}/{variant}?end={end_s}&sign={sign}"
 
     def check(self, job_id: str, variant: str, end: str, sign: str) -> None:
         """Raises Problem for a link that is not ours, or is over."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from wanfit.jobs.job import Job, Notice, Outlook
 from wanfit.serve.links import Links
-from wanfit.serve.runpod import status_json
+from wanfit.serve.runpod_view import status_json
 from wanfit.serve.views import iso, job_json, seen
 
 

@@ -93,11 +93,7 @@ async def submit(request: Request) -> JSONResponse:
     priority = body.pop("priority", 0)
     timeout_s, webhook = body.pop("timeout_s", None), body.pop("webhook", None)
     _check(isinstance(priority, int) and abs(priority) <= 100, "priority", "a number, -100 to 100")
-    _check(
-        timeout_s is None
-        or (isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool) and 0 < timeout_s < 1e9),
-        "timeout_s", "a number of seconds",
-    )  # fmt: skip
+    _check(timeout_s is None or _is_time(timeout_s), "timeout_s", "a number of seconds")
     _check(webhook is None or isinstance(webhook, str), "webhook", "an address")
     key = request.headers.get("idempotency-key")
     _check(key is None or 1 <= len(key) <= MAX_KEY_CHARS, "Idempotency-Key", "1 to 255 characters")
@@ -191,11 +187,8 @@ async def delete(request: Request, job_id: JobId) -> Response:
 @router.api_route(
     "/files/{job_id}/{variant}",
     methods=["GET", "HEAD"],
-    responses=describe.errors("own", (*describe.ANY_ERROR, 410, 416)) | {
-        200: {"description": "The bytes", "content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}},
-        206: {"description": "A range of them", "content": {"video/mp4": {}}},
-    },
-)  # fmt: skip
+    responses=describe.file_answers("own"),
+)
 async def file(
     request: Request,
     job_id: JobId,
@@ -225,6 +218,10 @@ def event_json(event: JobEvent) -> dict[str, Any]:
         "percent": round(event.percent, 2),
         **data,
     }
+
+
+def _is_time(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < 1e9
 
 
 def _check(is_good: bool, name: str, what: str) -> None:

@@ -2,8 +2,8 @@
 
     own      {"error": {"code", "message", "hint", "request_id", ...}}
     openai   {"error": {"message", "type", "param", "code", ...}}
-    runpod   {"error": "{\\"code\\", \\"message\\", \\"hint\\", \\"request_id\\"}", ...}: a string, since an
-             object there is not taken for an error by RunPod's own clients
+    runpod   {"status": "FAILED", "error": the own one as a string, ...}: a string, since an object
+             there is not taken for an error by RunPod's own clients
 
 Errors of `wanfit.errors` become problems here and nowhere else. What nobody foresaw is a 500 that
 says no more than its request id, by which the log has the rest.

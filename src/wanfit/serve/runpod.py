@@ -12,13 +12,9 @@ is refused: clips go where the server keeps them.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
@@ -28,28 +24,20 @@ from starlette.requests import Request
 from wanfit.errors import NoSuchJob
 from wanfit.jobs.job import Job, JobEvent, new_id
 from wanfit.serve import describe
-from wanfit.serve.bodies import Picture, only_picture, read_object
+from wanfit.serve.bodies import Picture, read_object
 from wanfit.serve.door import Asked
 from wanfit.serve.hall import Hall, caller_of, hall_of
 from wanfit.serve.problems import Problem, no_such_job
-from wanfit.serve.views import Seen, error_json, queue_json, report_json
+from wanfit.serve.runpod_input import read_envelope, read_input
+from wanfit.serve.runpod_view import STATUSES, base64_of, status_json, status_of
+from wanfit.serve.views import queue_json
 
 DEFAULT_WAIT_MS, WAIT_RANGE_MS = 90_000, (1000, 300_000)  # RunPod's, of /runsync
-EXECUTION_RANGE_MS, TTL_RANGE_MS = (5_000, 604_800_000), (10_000, 604_800_000)  # RunPod's
-MAX_BASE64_BYTES = 7_000_000  # of a clip: base64 makes 4/3 of it, and RunPod's answers end at 10 MB
 MAX_RETRIES = 20  # ours: each is one more look-up at the end
 STREAM_WAIT_S = 2.0  # ours: how long /stream waits for something to tell
 MAX_CURSORS = 10_000  # ours: jobs whose streams are remembered
 ASKED_ID = "ask-"  # of a job that only asks for another's status
 
-STATUSES: Mapping[str, str] = {
-    "queued": "IN_QUEUE",
-    "running": "IN_PROGRESS",
-    "completed": "COMPLETED",
-    "failed": "FAILED",
-    "cancelled": "CANCELLED",
-    "expired": "TIMED_OUT",
-}
 _RETRY = re.compile(r"(?P<base>.+)-r(?P<count>\d{1,2})")
 _IDS = describe.thing({"id": {"type": "string"}, "status": {"enum": list(STATUSES.values())}})
 _RUN = describe.json_body(
@@ -69,99 +57,6 @@ _RUN = describe.json_body(
     )
 )
 JobId = Annotated[str, Path(max_length=100)]
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One `input`, read."""
-
-    fields: Mapping[str, Any]
-    picture: Picture | None
-    wants_base64: bool
-    status_of: str | None  # the older shape may ask for a job instead of making one
-
-
-def read_input(body: Mapping[str, Any]) -> Order:
-    """What a body's `input` asks for, in either shape. Raises Problem, BadImage."""
-    given = body.get("input")
-    if not isinstance(given, dict) or not given:
-        raise Problem(400, "bad_input", "The body has no object `input`", param="input")
-    if "action" not in given:
-        return _order(given, given.get("return_video"))
-    action, params = given["action"], given.get("params", {})
-    if not isinstance(params, dict):
-        raise Problem(400, "bad_input", "`params` is not an object", param="params")
-    unknown = sorted(set(given) - {"action", "params", "return_video", "request_id"})
-    if unknown:
-        raise Problem(400, "bad_option", f"There is no option {unknown[0][:60]!r} beside `action`")
-    if action == "request":
-        return _order(params, given.get("return_video", params.get("return_video")))
-    if action == "status":
-        asked = given.get("request_id", params.get("request_id"))
-        if not isinstance(asked, str) or not asked:
-            raise Problem(400, "bad_input", "`params` has no `request_id`", param="request_id")
-        return Order({}, None, _flag(given.get("return_video")), asked)
-    raise Problem(400, "bad_input", "`action` is neither 'request' nor 'status'", param="action")
-
-
-def _order(fields: Mapping[str, Any], return_video: object) -> Order:
-    pictures = {name: fields[name] for name in describe.IMAGE_FIELDS if name in fields}
-    rest = {
-        name: value for name, value in fields.items()
-        if name not in pictures and name != "return_video"
-    }  # fmt: skip
-    return Order(rest, only_picture(pictures), _flag(return_video), None)
-
-
-def _flag(given: object) -> bool:
-    if given in (None, False, "false", 0):
-        return False
-    if given in (True, "true", 1):
-        return True
-    raise Problem(
-        400, "bad_option", "`return_video` is neither true nor false", param="return_video"
-    )
-
-
-def read_envelope(body: Mapping[str, Any], order: Order, job_id: str) -> Asked:
-    """What stands beside `input`. Raises Problem."""
-    if body.get("s3Config"):
-        raise Problem(
-            400, "unsupported", "This server does not write to a client's bucket",
-            hint="Leave s3Config out, and fetch the clip from its address", param="s3Config",
-        )  # fmt: skip
-    policy = body.get("policy") or {}
-    if not isinstance(policy, dict):
-        raise Problem(400, "bad_input", "`policy` is not an object", param="policy")
-    webhook = body.get("webhook")
-    if webhook is not None and not isinstance(webhook, str):
-        raise Problem(400, "bad_input", "`webhook` is not an address", param="webhook")
-    execution_ms = _milliseconds(policy, "executionTimeout", EXECUTION_RANGE_MS)
-    ttl_ms = _milliseconds(policy, "ttl", TTL_RANGE_MS)
-    return Asked(
-        face="runpod",
-        fields=order.fields,
-        picture=order.picture,
-        id=job_id,
-        priority=-1 if _flag(policy.get("lowPriority")) else 0,
-        deadline_s=None if ttl_ms is None else time.time() + ttl_ms / 1000,
-        timeout_s=None if execution_ms is None else execution_ms / 1000,
-        webhook=webhook or None,
-        extra={"return_video": order.wants_base64},
-    )
-
-
-def _milliseconds(policy: Mapping[str, Any], name: str, allowed: tuple[int, int]) -> int | None:
-    given = policy.get(name)
-    if given is None:
-        return None
-    low, high = allowed
-    if isinstance(given, bool) or not isinstance(given, int) or not low <= given <= high:
-        raise Problem(
-            400, "bad_option", f"`policy.{name}` is not a whole number from {low} to {high}",
-            param=f"policy.{name}",
-        )  # fmt: skip
-    return given
 
 
 class RunpodFace:
@@ -202,12 +97,12 @@ class RunpodFace:
         order = read_input(body)
         if order.status_of is not None:
             job = await self._find(request, order.status_of)
-            return JSONResponse({"id": ASKED_ID + order.status_of, "status": _status(job)})
+            return JSONResponse({"id": ASKED_ID + order.status_of, "status": status_of(job)})
         asked = read_envelope(body, order, f"{new_id()}-u1")
         job, _ = await hall.door.admit(asked, caller_of(request))
         view = await hall.look(job, hall.base_url(request))
         return JSONResponse(
-            {"id": job.id, "status": _status(job), "queue": queue_json(view.outlook)}
+            {"id": job.id, "status": status_of(job), "queue": queue_json(view.outlook)}
         )
 
     async def runsync(
@@ -251,7 +146,7 @@ class RunpodFace:
                 self._told.popitem(last=False)
         told = [await self._told_of(hall, request, job, event) for event in events]
         return JSONResponse({
-            "status": _status(job),
+            "status": status_of(job),
             "stream": [{"output": output} for output in told if output is not None],
         })  # fmt: skip
 
@@ -260,7 +155,7 @@ class RunpodFace:
         job = await self._find(request, job_id)
         hall = hall_of(request)
         job = await hall.desk.cancel(job.id, job.owner)
-        status = "CANCELLED" if job.cancel_requested and not job.is_final else _status(job)
+        status = "CANCELLED" if job.cancel_requested and not job.is_final else status_of(job)
         return JSONResponse({"id": job_id, "status": status})
 
     async def retry(self, request: Request, job_id: JobId) -> JSONResponse:
@@ -268,7 +163,7 @@ class RunpodFace:
         hall = hall_of(request)
         job = await self._find(request, job_id)
         if job.state not in ("failed", "expired"):
-            raise Problem(400, "not_retriable", f"Job {job_id} is {_status(job)}, so no retry")
+            raise Problem(400, "not_retriable", f"Job {job_id} is {status_of(job)}, so no retry")
         found = _RETRY.fullmatch(job.id)
         base, count = (found["base"], int(found["count"])) if found else (job.id, 0)
         if count >= MAX_RETRIES:
@@ -285,7 +180,7 @@ class RunpodFace:
             extra=job.extra,
         )
         fresh, _ = await hall.door.admit(asked, caller_of(request))
-        return JSONResponse({"id": job_id, "status": _status(fresh)})
+        return JSONResponse({"id": job_id, "status": status_of(fresh)})
 
     async def purge_queue(self, request: Request) -> JSONResponse:
         """Cancels all of the caller's jobs that wait."""
@@ -342,7 +237,7 @@ class RunpodFace:
         return job
 
     async def _asked_status(self, request: Request, job_id: str) -> dict[str, Any]:
-        """The older shape's question: a job that is done at once, and whose output is the answer."""
+        """The older shape's question: a job that is done at once, with the answer for output."""
         try:
             job = await self._find(request, job_id)
         except NoSuchJob:
@@ -363,7 +258,7 @@ class RunpodFace:
         self, hall: Hall, request: Request, job: Job, job_id: str
     ) -> dict[str, Any]:
         view = await hall.look(job, hall.base_url(request))
-        video = await _base64_of(hall, job) if job.extra.get("return_video") else None
+        video = await base64_of(hall, job) if job.extra.get("return_video") else None
         return status_json(view, job_id, video)
 
     async def _told_of(
@@ -375,78 +270,3 @@ class RunpodFace:
         if event.kind in ("stage", "step", "preview", "notice"):
             return {"kind": event.kind, "percent": round(event.percent, 2), **event.data}
         return None
-
-
-def status_json(view: Seen, job_id: str, video_base64: str | None = None) -> dict[str, Any]:
-    """A job as RunPod tells of one; `queue` is ours. Also what its webhook gets."""
-    job = view.job
-    now_s = time.time()
-    told: dict[str, Any] = {"id": job_id, "status": _status(job), "queue": queue_json(view.outlook)}
-    if job.started_s is not None:
-        told["delayTime"] = _span_ms(job.created_s, job.started_s)
-        told["executionTime"] = _span_ms(job.started_s, job.ended_s or now_s)
-    elif job.ended_s is not None:
-        told["delayTime"] = _span_ms(job.created_s, job.ended_s)
-        told["executionTime"] = 0
-    if job.attempts > 1:
-        told["retries"] = job.attempts - 1
-    if job.state == "completed":
-        told["output"] = _output(view, job_id, video_base64)
-    elif job.state == "running":
-        told["output"] = {
-            "percent": round(job.percent, 2), "stage": job.stage, "step": job.step,
-            "steps": job.steps,
-        }  # fmt: skip
-    error = error_json(job)
-    if error is not None:
-        error.pop("plan", None)
-        told["error"] = json.dumps({**error, "request_id": job_id})
-    return told
-
-
-def _output(view: Seen, job_id: str, video_base64: str | None) -> dict[str, Any]:
-    job, result = view.job, view.job.result
-    assert result is not None
-    video = (
-        {"video_url": view.urls.get("video")} if video_base64 is None
-        else {"video_base64": video_base64}
-    )  # fmt: skip
-    return {
-        "request_id": job_id,
-        "status": "completed",
-        **video,
-        "filename": f"{job.id}.mp4",
-        "metadata": {
-            **job.request,
-            "fps": result.fps,
-            "duration_s": round(result.num_frames / result.fps, 3),
-            "bytes": result.num_bytes,
-            "sha256": result.sha256,
-            "content_type": result.content_type,
-        },
-        "report": report_json(job),
-    }
-
-
-async def _base64_of(hall: Hall, job: Job) -> str | None:
-    """The clip itself, where it is small enough to be sent in JSON."""
-    result = job.result
-    if result is None or job.output_gone or result.num_bytes > MAX_BASE64_BYTES:
-        return None
-
-    def read() -> bytes:
-        return b"".join(hall.outputs.open(result.key).pieces)
-
-    return base64.b64encode(await hall.desk.read_file(read)).decode()
-
-
-def _status(job: Job) -> str:
-    """RunPod's word; an attempt that took too long is no failure of the work."""
-    if job.state == "failed" and job.error is not None and job.error.code == "timed_out":
-        return "TIMED_OUT"
-    return STATUSES[job.state]
-
-
-def _span_ms(begin_s: float, end_s: float) -> int:
-    """A clock may jump back; no time is negative."""
-    return max(0, round(1000 * (end_s - begin_s)))

@@ -9,7 +9,6 @@ within a while. Left out: edits, extensions and characters, which are refused in
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
@@ -25,23 +24,13 @@ from wanfit.serve.door import Asked
 from wanfit.serve.files import send_file
 from wanfit.serve.hall import Hall, caller_of, hall_of
 from wanfit.serve.problems import Problem, problem_of
-from wanfit.serve.videos_input import VideoOrder, param_of, read_order, seconds_text
-from wanfit.serve.views import Seen, error_json, queue_json, report_json
+from wanfit.serve.videos_input import VideoOrder, param_of, read_order
+from wanfit.serve.videos_view import poll_after_ms, video_json
 from wanfit.specs import MODELS, spec_named
 
 DEDUPE_S = 120.0  # ours: the client gives up after two retries, at most 8 s apart each
 MAX_KEY_CHARS = 255  # of an idempotency key, as Stripe's
-POLL_RANGE_MS = (250, 10_000)  # ours: what a poll may cost us, and what a person may wait for
-POLLS_PER_JOB = 20  # ours
 MODELS_CREATED = 1_753_660_800  # 2025-07-28, when Wan 2.2 was published
-STATUSES = {
-    "queued": "queued",
-    "running": "in_progress",
-    "completed": "completed",
-    "failed": "failed",
-    "cancelled": "failed",
-    "expired": "failed",
-}
 _TEXT, _MAYBE_TEXT, _WHOLE = {"type": "string"}, {"type": ["string", "null"]}, {"type": "integer"}
 _VIDEO = describe.thing(
     {
@@ -167,11 +156,8 @@ async def delete(request: Request, video_id: JobId) -> JSONResponse:
 @router.api_route(
     "/videos/{video_id}/content",
     methods=["GET", "HEAD"],
-    responses=describe.errors("openai", (*describe.ANY_ERROR, 410, 416)) | {
-        200: {"description": "The bytes", "content": {"video/mp4": {}, "image/webp": {}, "image/jpeg": {}}},
-        206: {"description": "A range of them", "content": {"video/mp4": {}}},
-    },
-)  # fmt: skip
+    responses=describe.file_answers("openai"),
+)
 async def content(
     request: Request,
     video_id: JobId,
@@ -227,41 +213,6 @@ async def model(request: Request, model: Annotated[str, Path(max_length=100)]) -
     return JSONResponse(_model_json(model))
 
 
-def video_json(view: Seen) -> dict[str, Any]:
-    """A job as OpenAI tells of a video; what is ours comes at the end, where no client looks."""
-    job = view.job
-    request = job.request
-    fps = spec_named(request["model"]).sampling.fps
-    error = error_json(job)
-    report = report_json(job) or {}
-    return {
-        "id": job.id,
-        "object": "video",
-        "model": request["model"],
-        "status": STATUSES[job.state],
-        "progress": int(job.percent),
-        "created_at": int(job.created_s),
-        "completed_at": int(job.ended_s) if job.state == "completed" and job.ended_s else None,
-        "expires_at": None,
-        "prompt": request["prompt"],
-        "size": f"{request['width']}x{request['height']}",
-        "seconds": job.extra.get("seconds") or seconds_text(request["num_frames"], fps),
-        "remixed_from_video_id": job.extra.get("remixed_from"),
-        "error": None if error is None else {
-            "code": error["code"],
-            "message": f"{error['message']}. {error['hint']}" if error["hint"] else error["message"],
-        },
-        "url": view.urls.get("video"),
-        "seed": request["seed"],
-        "num_frames": request["num_frames"],
-        "fps": fps,
-        "num_inference_steps": request["num_inference_steps"],
-        "stage": job.stage,
-        "queue": queue_json(view.outlook),
-        "inference_time_s": report.get("total_s"),
-    }  # fmt: skip
-
-
 def _asked(
     order: VideoOrder, digest: str, request: Request, remixed_from: str | None = None
 ) -> Asked:
@@ -300,19 +251,6 @@ async def _video_response(hall: Hall, request: Request, job: Job) -> JSONRespons
     return JSONResponse(
         video_json(view), headers={"openai-poll-after-ms": str(poll_after_ms(view))}
     )
-
-
-def poll_after_ms(view: Seen) -> int:
-    """How long a client should wait between two looks.
-
-    The client keeps the first answer for the whole wait, so it is a share of what is left then.
-    """
-    ends_s, job = view.outlook.ends_s, view.job
-    low, high = POLL_RANGE_MS
-    if job.is_final or ends_s is None:
-        return low
-    left_s = ends_s - time.time()
-    return round(min(high, max(low, 1000 * left_s / POLLS_PER_JOB)))
 
 
 async def _servable(hall: Hall) -> list[str]:

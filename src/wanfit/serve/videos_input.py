@@ -25,7 +25,7 @@ from wanfit.specs import ModelSpec, spec_named
 MAX_SECONDS = 3600.0  # ours: beyond any model's frames; keeps absurd numbers out of arithmetic
 SECONDS_DIGITS = 3
 OWN_FIELDS = frozenset({*VideoRequest.model_fields, *ALIASES, "guidance", "size"})
-TEXT_FIELDS = frozenset({"prompt", "negative_prompt", "model", "size", "solver"})
+KNOWN_FIELDS = OWN_FIELDS | {"seconds", "fps"}  # and what names a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,11 @@ def read_order(form: Form, default_model: str) -> VideoOrder:
     """Raises Problem, with the name of the field."""
     fields = _merged(form)
     picture = _picture(fields, form.files)
-    unknown = sorted(set(fields) - OWN_FIELDS - {"seconds", "fps"})
+    unknown = sorted(set(fields) - KNOWN_FIELDS)
     if unknown:
         raise Problem(
             400, "unknown_parameter", f"Unknown parameter: {unknown[0][:100]!r}",
-            hint=f"Known are {', '.join(sorted(OWN_FIELDS | {'seconds', 'fps', 'input_reference'}))}",
-            param=unknown[0][:100],
+            hint=f"Known are {', '.join(sorted(KNOWN_FIELDS))}", param=unknown[0][:100],
         )  # fmt: skip
     if "prompt" not in fields:
         raise Problem(400, "missing_parameter", "prompt is missing", param="prompt")
