@@ -159,5 +159,3 @@ def talk(port: int, data: bytes, wait_s: float = 10.0) -> bytes:
             if not piece:
                 return answer
             answer += piece
-
-

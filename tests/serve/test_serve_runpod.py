@@ -1,4 +1,4 @@
-"""The RunPod face, as a client of a RunPod endpoint uses it: its paths, states, bodies and limits."""
+"""The RunPod face, as a client of a RunPod endpoint uses it: paths, states, bodies, limits."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from wanfit.errors import BadImage
@@ -64,25 +63,26 @@ async def read_form(request: Request) -> Form:
         return Form(await _parsed(await request.body()))
     if "charset" in options and not re.search(r"charset=\"?utf-?8", options):
         raise Problem(415, "unsupported_charset", "A form is read in UTF-8 only")
-    try:
-        form = await request.form(
-            max_files=4, max_fields=MAX_FORM_FIELDS, max_part_size=MAX_FIELD_BYTES
-        )
-    except Exception as error:
-        # The parser raises its own errors and, for what it did not foresee, others; each of them
-        # is the body's fault, since nothing else was read.
-        reason = str(error) if isinstance(error, MultiPartException) else "it is malformed"
-        detail = getattr(error, "detail", None)
-        raise Problem(400, "bad_form", f"The form cannot be read: {detail or reason}") from error
     fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            if name in files or name in fields:
-                raise _twice(name)
-            files[name] = await value.read()
-        else:
-            _put(fields, name, value)
+    try:
+        async with request.form(
+            max_files=4, max_fields=MAX_FORM_FIELDS, max_part_size=MAX_FIELD_BYTES
+        ) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name in files or name in fields:
+                        raise _twice(name)
+                    files[name] = await value.read()
+                else:
+                    _put(fields, name, value)
+    except Problem:
+        raise
+    except Exception as error:
+        # The parser raises errors of its own and, for what it did not foresee, others; each is the
+        # body's fault, since nothing else was read.
+        why = getattr(error, "detail", None) or "it is malformed"
+        raise Problem(400, "bad_form", f"The form cannot be read: {why}") from error
     check_text(fields)
     return Form(fields, files)
 

@@ -12,6 +12,7 @@ says no more than its request id, by which the log has the rest.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from wanfit.errors import (
     WanfitError,
     WeightsError,
 )
+
+log = logging.getLogger("wanfit.serve")
 
 Face = Literal["runpod", "openai", "own"]
 ERROR_TYPES: Mapping[int, str] = {  # OpenAI's names for kinds of errors
@@ -90,8 +93,14 @@ def problem_of(error: WanfitError, *, param: str | None = None) -> Problem:
     details: dict[str, Any] = {}
     headers: dict[str, str] = {}
     match error:
-        case BadSetting():  # the operator's, not the caller's
-            status, headers = 503, {"x-should-retry": "false"}
+        case BadSetting():  # the operator's, who finds the rest in the log
+            log.error("%s", error)
+            return Problem(
+                503,
+                error.code,
+                "The server is not set up rightly",
+                headers={"x-should-retry": "false"},
+            )
         case BadRequest():
             status = 400
         case DoesNotFit(shortage=shortage):

@@ -27,7 +27,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _in_head = True
+    _in_head = True  # what comes next belongs to a head
+    _head_begun = False
     _was_whole = False  # whether a request ended in the bytes that came last
     _refused = False
 
@@ -46,13 +47,15 @@ class BoundedHttp(HttpToolsProtocol):
             self._wait_for_head()  # the first byte of the next request of this connection
         self._was_whole = False
         super().data_received(data)
+        if self._head_begun and self._head_timer is None and not self._refused:
+            self._wait_for_head()  # it came in the same bytes as the one before
         if self._in_head and not self._was_whole and not self._refused:
             self._head_bytes += len(data)  # a head in many pieces counts as it comes
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", b"headers_too_large")
 
     def on_message_begin(self) -> None:
-        self._in_head = True
+        self._in_head = self._head_begun = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -67,7 +70,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(b"431 Request Header Fields Too Large", b"headers_too_large")
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._head_bytes = False, 0
+        self._in_head, self._head_begun, self._head_bytes = False, False, 0
         self._stop_timer()
         if not self._refused:
             super().on_headers_complete()

@@ -83,11 +83,14 @@ def param_of(error: WanfitError, fields: Mapping[str, Any]) -> str | None:
     """Which field an error is about: the one that its message begins with or quotes."""
     known = sorted({*fields, *VideoRequest.model_fields, "size"}, key=len, reverse=True)
     words = error.message.replace("'", " ").replace(":", " ").split()
-    return next((word for word in words[:5] if word in known), {
+    found = next((word for word in words[:5] if word in known), None)
+    if found in ("width", "height") and found not in fields:
+        return "size"
+    return found or {
         "unknown_model": "model", "bad_image": "input_reference", "bad_size": "size",
         "bad_frame_count": "num_frames", "bad_url": "input_reference",
         "url_failed": "input_reference",
-    }.get(error.code))  # fmt: skip
+    }.get(error.code)  # fmt: skip
 
 
 def _merged(form: Form) -> dict[str, Any]:
