@@ -308,13 +308,13 @@ class TestHeaders:
             "x-request-id"
         ] == "mine-1"  # fmt: skip
         for bad in ("a b", "x" * 100, "%0d%0a", 'a"b', "é"):
-            headers = {"x-request-id": bad.encode("latin-1")}
+            headers = {b"x-request-id": bad.encode("latin-1")}
             reply = client.get("/livez", headers=headers)
             assert reply.headers["x-request-id"].startswith("req_")
 
     def test_a_retry_count_of_any_length_is_harmless(self, client: httpx2.Client) -> None:
         for count in ("9" * 5000, "-1", "1e9", "²"):
-            headers = {"x-stainless-retry-count": count.encode("latin-1")}
+            headers = {b"x-stainless-retry-count": count.encode("latin-1")}
             reply = client.post("/v1/videos", json={"colour": 1}, headers=headers)
             assert reply.status_code == 400
 

@@ -82,6 +82,7 @@ class Door:
         self._jobs = Buckets()
         self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="download")
         self._planners = ThreadPoolExecutor(PLANNERS, thread_name_prefix="plan")
+        self.is_closed = False  # from the first signal on: the server drains
         self.machine: Machine = read_machine()
 
     def close(self) -> None:
@@ -90,6 +91,11 @@ class Door:
 
     async def admit(self, asked: Asked, caller: Caller) -> tuple[Job, bool]:
         """The job that was accepted, and whether it is new. Raises Problem and WanfitError."""
+        if self.is_closed:
+            raise Problem(
+                503, "draining", "This server is being stopped and takes no more jobs",
+                headers={"retry-after": "30"},
+            )  # fmt: skip
         wait_s = self._jobs.take(caller.id, caller.limits.jobs_per_minute / 60)
         if wait_s:
             raise too_many("jobs", wait_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
@@ -29,7 +29,7 @@ Health = Literal[
 ]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Hall:
     """One per server; each route gets it from the application's state."""
 
@@ -40,11 +40,10 @@ class Hall:
     links: Links
     metrics: Metrics
     workers: Callable[[], tuple[WorkerStatus, ...]]
-    draining: bool = field(default=False)
 
     def health(self) -> Health:
         """How the server is, as its best worker is."""
-        if self.draining:
+        if self.door.is_closed:
             return "draining"
         states = {worker.state for worker in self.workers()}
         if "idle" in states:

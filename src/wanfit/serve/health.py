@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
 from wanfit.errors import WanfitError
 from wanfit.serve import describe
+from wanfit.serve.docs_page import CONTENT_SECURITY, docs_page
 from wanfit.serve.hall import hall_of
 from wanfit.serve.metrics import CONTENT_TYPE
 
@@ -40,6 +41,14 @@ async def readyz(request: Request) -> JSONResponse:
         state = error.code
     able = state in ABLE
     return JSONResponse({"ready": able, "state": state}, status_code=200 if able else 503)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """The routes, as a page."""
+    return HTMLResponse(
+        docs_page(request.app.openapi()), headers={"content-security-policy": CONTENT_SECURITY}
+    )
 
 
 @router.get(

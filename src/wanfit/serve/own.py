@@ -184,11 +184,8 @@ async def delete(request: Request, job_id: JobId) -> Response:
     return Response(status_code=204)
 
 
-@router.api_route(
-    "/files/{job_id}/{variant}",
-    methods=["GET", "HEAD"],
-    responses=describe.file_answers("own"),
-)
+@router.head("/files/{job_id}/{variant}", include_in_schema=False)
+@router.get("/files/{job_id}/{variant}", responses=describe.file_answers("own"))
 async def file(
     request: Request,
     job_id: JobId,

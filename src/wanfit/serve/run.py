@@ -116,7 +116,7 @@ class _Parts:
 
     def drain(self) -> None:
         """Returns when no job is being made any more."""
-        self.hall.draining = True
+        self.hall.door.is_closed = True
         self.supervisor.stop(self.settings.grace_s)
 
     def close(self) -> None:

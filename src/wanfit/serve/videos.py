@@ -153,11 +153,8 @@ async def delete(request: Request, video_id: JobId) -> JSONResponse:
     return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
 
-@router.api_route(
-    "/videos/{video_id}/content",
-    methods=["GET", "HEAD"],
-    responses=describe.file_answers("openai"),
-)
+@router.head("/videos/{video_id}/content", include_in_schema=False)
+@router.get("/videos/{video_id}/content", responses=describe.file_answers("openai"))
 async def content(
     request: Request,
     video_id: JobId,
