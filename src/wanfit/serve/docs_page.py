@@ -32,7 +32,7 @@ def _route(method: str, path: str, operation: Mapping[str, Any]) -> str:
         for parameter in operation.get("parameters", ())
     ]
     content = operation.get("requestBody", {}).get("content", {})
-    schema = next((form["schema"] for form in content.values()), {})
+    schema: dict[str, Any] = next((form["schema"] for form in content.values()), {})
     rows += [_row(name, field) for name, field in schema.get("properties", {}).items()]
     words = escape(operation.get("description", ""))
     table = f"<table>{''.join(rows)}</table>" if rows else ""
