@@ -166,7 +166,8 @@ class OutputStore(Protocol):
         """Keeps an mp4 with its thumbnail, sheet and metadata: all of it, or nothing.
 
         `file` is what `draft` named, which is moved, or any other, which is copied. `metadata` is
-        plain values. Asked twice by one lease it answers as before. Raises DiskFull, StoreFailed.
+        plain values. Asked twice by one lease it answers as before. Raises DiskFull; whatever is
+        raised, the draft is as it was, to be kept later or deleted by its key.
         """
         ...
 
@@ -193,7 +194,10 @@ class OutputStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Deletes a clip and all beside it; what is not there is no error. Raises StoreFailed."""
+        """Deletes a clip with all beside it, or its draft; what is not there is no error.
+
+        Raises StoreFailed.
+        """
         ...
 
     def keys(self) -> Iterator[Stored]:
