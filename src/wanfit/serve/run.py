@@ -26,7 +26,7 @@ from wanfit.jobs.job import Notice
 from wanfit.jobs.store import JobStore
 from wanfit.jobs.supervisor import Supervisor
 from wanfit.jobs.wire import Engine
-from wanfit.outputs import LocalOutputs, OutputStore, Retention
+from wanfit.outputs import OutputStore, Retention, open_store
 from wanfit.serve.app import create_app
 from wanfit.serve.desk import Desk
 from wanfit.serve.door import Door
@@ -185,12 +185,16 @@ def _address(listener: socket.socket) -> str:
 
 
 def _outputs(settings: Settings) -> OutputStore:
-    retention = Retention(
-        max_age_s=settings.keep_s,
-        max_bytes=settings.keep_bytes,
-        min_free_bytes=settings.min_free_bytes,
+    return open_store(
+        settings.outputs_place,
+        spool=settings.data / "spool",
+        retention=Retention(
+            max_age_s=settings.keep_s,
+            max_bytes=settings.keep_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        ),
+        s3_endpoint=settings.s3_endpoint,
     )
-    return LocalOutputs(Path(settings.outputs_place).expanduser(), retention)
 
 
 def _make_private(directory: Path) -> None:
