@@ -42,6 +42,7 @@ from wanfit.webhooks import Sender
 log = logging.getLogger("wanfit.serve")
 
 CLOSE_S = 3  # ours: for answers that are on their way when everything else has ended
+SWITCH_S = 0.0005  # ours: a thread may keep the interpreter for 5 ms else, and answers wait
 KEEP_ALIVE_S = 75  # ours: longer than the 60 s of proxies, which else send into a closed connection
 
 
@@ -68,6 +69,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=CLOSE_S,
         **protocol_options(),
     )
+    sys.setswitchinterval(SWITCH_S)
     try:
         _Server(config, parts).run(sockets=[listener])
     finally:
