@@ -10,7 +10,8 @@ Sections:
     allocator   reserved bytes under each allocator of torch
     peers       diffusers with its own offloading
 
-`forward:480p` runs the cases whose name has "480p" in it; likewise with `pipeline` and `peers`.
+`forward:480p` runs the cases whose name has "480p" in it, `forward:A14B 480p81` that case alone;
+likewise with `pipeline` and `peers`, by a part of the name.
 Each section is a process of its own with a limit of time, and prints every figure as a JSON line as
 soon as it is known. The table comes last. Weights are random and of true size
 (benchmarks.true_size); where the disk cannot hold all of them, notes say what was a hole.
@@ -178,10 +179,10 @@ def _forward(stores: Stores, word: str, *, compiled: bool) -> None:
     from benchmarks.fit_forward import FORWARDS, run_case
 
     device = torch.device("cuda")
-    for case in FORWARDS:
-        if word in case.name:
-            store = stores.get(case.spec, case.precision, "first")
-            run_case(case, store, device, compiled=compiled)
+    exact = [case for case in FORWARDS if case.name == word]
+    for case in exact or [case for case in FORWARDS if word in case.name]:
+        store = stores.get(case.spec, case.precision, "first")
+        run_case(case, store, device, compiled=compiled)
 
 
 def _peers(stores: Stores, word: str) -> None:
