@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from training.optim import Optimizer
 SHARD_BYTES = 15 * 2**20  # the machines that we train on return files of 16 MiB at most
 
 
-def save(directory: Path, tensors: dict[str, Tensor], *, prefix: str, note: object = None) -> None:
+def save(directory: Path, tensors: Mapping[str, Tensor], *, prefix: str, note: object = None) -> None:
     """Writes `prefix-0.safetensors`, `prefix-1...` and then `prefix.json`, which names them."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -39,7 +40,7 @@ def save(directory: Path, tensors: dict[str, Tensor], *, prefix: str, note: obje
     (directory / f"{prefix}.json").write_text(json.dumps({"files": names, "note": note}))
 
 
-def save_bf16(directory: Path, tensors: dict[str, Tensor], *, prefix: str, note: object) -> None:
+def save_bf16(directory: Path, tensors: Mapping[str, Tensor], *, prefix: str, note: object) -> None:
     """Writes `prefix.safetensors`: the averaged weights of a network, rounded as they ship."""
     directory.mkdir(parents=True, exist_ok=True)
     rounded = {n: t.detach().to(torch.bfloat16).contiguous().cpu() for n, t in tensors.items()}

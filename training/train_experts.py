@@ -33,7 +33,7 @@ from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
 from wanfit.engine.weights.open import open_model
-from wanfit.engine.weights.search import DEMO_DIRECTORY
+from wanfit.engine.weights.package import DEMO_DIRECTORY
 from wanfit.specs import DEMO, DEMO_I2V, DEMO_T2V, Expert, ModelSpec
 
 VIEWS = (  # about 40,000 tokens a batch; a clip of 17 frames of 128x128 has 320
