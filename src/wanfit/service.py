@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from wanfit.engine.weights import search
+from wanfit.engine.weights import package
 from wanfit.engine.weights.locate import Located, locate
 from wanfit.errors import BadOption, DoesNotFit, OutOfMemory
 from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone, WeightsMoved
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from wanfit.engine.meter import Meter
     from wanfit.engine.weights.depot import Depot
 
-DEMO_DIRECTORY = search.DEMO_DIRECTORY
+DEMO_DIRECTORY = package.DEMO_DIRECTORY
 DEFAULT_DIRECTORY = Path("outputs")
 # torch's allocator then grows and shrinks its blocks: 12 to 15 % less reserved while denoising than
 # by default, 3 to 11 % less while decoding; cudaMallocAsync lies between (benchmarks/RESULTS.md).
