@@ -61,9 +61,7 @@ def predicted(stores: Stores, limit_s: float) -> None:
 
 def jobs_in_a_row(stores: Stores, limit_s: float) -> None:
     """A hundred short clips in one process: does memory grow?"""
-    clips = _run(stores, JOBS, limit_s)
-    _say_predicted(clips)
-    _say_jobs(clips)
+    _say_jobs(_run(stores, JOBS, limit_s))
 
 
 def _run(stores: Stores, draw: _Draw, limit_s: float) -> list[Clip]:
@@ -237,25 +235,28 @@ def _say_predicted(clips: Sequence[Clip]) -> None:
     if peaks:
         context = median(peak["context"] for peak in peaks) / GIB
         say(Figure(section, "CUDA context and libraries", context, "GiB"))
-    for memory in ("gpu", "host"):
-        errors = [peak[f"{memory}_error"] for peak in peaks]
-        if errors:
-            over, under = max(0.0, *errors), max(0.0, *(-error for error in errors))
-            worst = max(zip(map(abs, errors), range(len(errors)), strict=True))[1]
-            say(
-                Figure(
-                    section, f"{memory}, most over", 100 * over, "%", at_most=5, detail=peaks[worst]
-                )
-            )
-            say(Figure(section, f"{memory}, most under", 100 * under, "%", at_most=1))
-            middle = 100 * median(abs(error) for error in errors)
-            say(Figure(section, f"{memory}, median error", middle, "%"))
+        for memory in ("gpu", "host"):
+            _say_errors(section, memory, peaks)
+
+
+def _say_errors(section: str, memory: str, peaks: Sequence[Mapping[str, Any]]) -> None:
+    errors = [peak[f"{memory}_error"] for peak in peaks]
+    over, under = max([0.0, *errors]), max([0.0, *(-error for error in errors)])
+    worst = max(peaks, key=lambda peak: abs(peak[f"{memory}_error"]), default={})
+    say(Figure(section, f"{memory}, most over", 100 * over, "%", at_most=5, detail=dict(worst)))
+    say(Figure(section, f"{memory}, most under", 100 * under, "%", at_most=1))
+    if errors:
+        middle = 100 * median(abs(error) for error in errors)
+        say(Figure(section, f"{memory}, median error", middle, "%"))
 
 
 def _say_jobs(clips: Sequence[Clip]) -> None:
     """Whether memory grows from one anchor to the next; the first warms caches up."""
     section = "jobs in a row"
     say(Figure(section, "jobs", float(len(clips)), at_least=NUM_JOBS))
+    failed = [(clip["clip"], clip.get("message")) for clip in clips if not clip["ok"]]
+    say(Figure(section, "failed", float(len(failed)), at_most=0, detail={"failed": failed}))
+    _say_errors(section, "host", [_peaks(clip) for clip in clips if clip["ok"]])
     anchors = [clip for clip in clips if clip["clip"].startswith("anchor")][1:]
     if len(anchors) >= 2:
         resident = [clip["memory"]["VmRSS"] for clip in anchors]
