@@ -15,32 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.outputs.clips import FPS, FRAMES, HEIGHT, WIDTH, everything, keep_one, write_clip
 from wanfit.errors import BadOption, BadSetting, DiskFull, NotKept
-from wanfit.media import VideoWriter, check_output
 from wanfit.outputs import Kept, LocalOutputs, Retention
 
-WIDTH, HEIGHT, FRAMES, FPS = 64, 48, 9, 8
 SOON = Retention(min_free_bytes=0, min_age_s=0)
 NO_JOBS: frozenset[str] = frozenset()
-
-
-def write_clip(path: Path) -> None:
-    """An mp4 that plays, its frames from black to white."""
-    levels = np.linspace(0, 255, FRAMES).astype(np.uint8)
-    frames = np.broadcast_to(levels[:, None, None, None], (FRAMES, HEIGHT, WIDTH, 3))
-    with VideoWriter(check_output(path), fps=FPS, metadata={"prompt": "x"}) as writer:
-        writer.write(np.ascontiguousarray(frames))
-
-
-def keep_one(store: LocalOutputs, job_id: str = "job", lease: str = "a") -> Kept:
-    draft = store.draft(job_id, lease)
-    write_clip(draft)
-    return store.keep(draft, job_id=job_id, attempt=1, lease=lease, metadata={"prompt": "a fox"})
-
-
-def everything(directory: Path) -> set[str]:
-    """Every file there, hidden ones too."""
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -108,11 +88,23 @@ class TestKeeping:
         draft.write_bytes(b"\0" * 1000)
         with pytest.raises(av.FFmpegError):
             store.keep(draft, job_id="job", attempt=1, lease="a", metadata={})
+        assert everything(tmp_path) == {"clips/.work/job.a/clip.mp4"}
+        store.delete("job.a")
         assert everything(tmp_path) == set()
+
+    def test_a_draft_that_could_not_be_kept_can_be_kept_later(
+        self, store: LocalOutputs, tmp_path: Path
+    ) -> None:
+        draft = store.draft("job", "a")
+        write_clip(draft)
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            store.keep(draft, job_id="job", attempt=1, lease="a", metadata={"x": object()})
+        assert everything(tmp_path) == {"clips/.work/job.a/clip.mp4"}
+        assert store.keep(draft, job_id="job", attempt=1, lease="a", metadata={}).num_bytes
 
     @pytest.mark.parametrize(
         "wrong",
-        ["", ".", "..", "../x", "a/b", "a\\b", "a.b", "/etc", "a\0b", "-rf", "a" * 101, "é", "a\n"],
+        ["", ".", "..", "../x", "a/b", "a\\b", "a.b", "/etc", "a\0b", "a" * 101, "é", "a\n"],
     )
     def test_an_id_that_is_no_id_becomes_no_path(self, store: LocalOutputs, wrong: str) -> None:
         with pytest.raises(BadOption, match="is not an id"):

@@ -7,6 +7,8 @@ clip is the result of a job (the job store says that: a late attempt may keep a 
 Nothing here imports torch; boto3 is imported where it is used.
 """
 
+from pathlib import Path
+
 from wanfit.outputs.local import LocalOutputs
 from wanfit.outputs.store import (
     FILE_NAMES,
@@ -35,4 +37,22 @@ __all__ = [
     "Variant",
     "checked_id",
     "key_of",
+    "open_store",
 ]
+
+
+def open_store(
+    place: str, *, spool: Path, retention: Retention, s3_endpoint: str | None = None
+) -> OutputStore:
+    """The store that a setting names: a directory, or s3://BUCKET/PREFIX by way of `spool`.
+
+    Raises BadSetting for what cannot be, StoreFailed when the bucket does not take a file now.
+    """
+    if not place.startswith("s3:"):
+        return LocalOutputs(Path(place).expanduser(), retention)
+    from wanfit.outputs.bucket import Bucket, Place
+    from wanfit.outputs.s3 import S3Outputs
+
+    bucket = Bucket(Place.parse(place, s3_endpoint))
+    bucket.check()
+    return S3Outputs(bucket, spool, retention)

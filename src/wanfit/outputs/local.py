@@ -92,7 +92,7 @@ class LocalOutputs:
                     sync(path)
                 self._appear(draft.parent, self._directory / key)
         except BaseException:
-            shutil.rmtree(draft.parent, ignore_errors=True)
+            self._undo(draft, is_ours=file != draft)
             raise
         return kept
 
@@ -145,6 +145,7 @@ class LocalOutputs:
         """See OutputStore."""
         if job_of(key) is not None:
             self._discard(self._directory / key)
+            self._discard(self._work / key)
 
     def keys(self) -> Iterator[Stored]:
         """See OutputStore."""
@@ -212,6 +213,15 @@ class LocalOutputs:
                 touched_s = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
                 if before_s is None or touched_s < before_s:
                     self._discard(folder)
+
+    @staticmethod
+    def _undo(draft: Path, *, is_ours: bool) -> None:
+        """Deletes what a failed `keep` has made; the caller's clip stays, to be kept later."""
+        if is_ours:
+            shutil.rmtree(draft.parent, ignore_errors=True)
+        for path in draft.parent.glob("*"):
+            if path != draft:
+                path.unlink(missing_ok=True)
 
     def _appear(self, folder: Path, final: Path) -> None:
         """Gives a whole and synced directory its name. One that is there is of the same lease."""

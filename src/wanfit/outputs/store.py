@@ -30,7 +30,7 @@ CONTENT_TYPES: Mapping[Variant, str] = {
     "metadata": "application/json",
 }
 # Letters, digits, _ and -: no separator of paths or of keys, nothing hidden, nothing relative.
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _KEY = re.compile(rf"({_ID.pattern})\.({_ID.pattern})")
 
 
@@ -39,7 +39,7 @@ def checked_id(given: str) -> str:
     if not _ID.fullmatch(given):
         raise BadOption(
             f"{given[:100]!r} is not an id",
-            hint="An id has 1 to 100 letters, digits, '_' and '-', and begins with no sign",
+            hint="An id has 1 to 100 letters, digits, _ and -",
         )
     return given
 
@@ -166,7 +166,8 @@ class OutputStore(Protocol):
         """Keeps an mp4 with its thumbnail, sheet and metadata: all of it, or nothing.
 
         `file` is what `draft` named, which is moved, or any other, which is copied. `metadata` is
-        plain values. Asked twice by one lease it answers as before. Raises DiskFull, StoreFailed.
+        plain values. Asked twice by one lease it answers as before. Raises DiskFull; whatever is
+        raised, the draft is as it was, to be kept later or deleted by its key.
         """
         ...
 
@@ -193,7 +194,10 @@ class OutputStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Deletes a clip and all beside it; what is not there is no error. Raises StoreFailed."""
+        """Deletes a clip with all beside it, or its draft; what is not there is no error.
+
+        Raises StoreFailed.
+        """
         ...
 
     def keys(self) -> Iterator[Stored]:
