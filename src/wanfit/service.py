@@ -15,12 +15,13 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from wanfit.engine.weights import search
+from wanfit.engine.weights import package
 from wanfit.engine.weights.locate import Located, locate
 from wanfit.errors import BadOption, DoesNotFit, OutOfMemory
 from wanfit.events import Event, FramesReady, Notice, StageBegan, StepDone, WeightsMoved
@@ -28,7 +29,7 @@ from wanfit.media import ContactSheet, Output, VideoWriter, check_output, check_
 from wanfit.plan.amounts import parse_bytes, show_bytes
 from wanfit.plan.bytes import CUDA_CONTEXT_BYTES
 from wanfit.plan.command import read_precision
-from wanfit.plan.machine import Machine, read_machine
+from wanfit.plan.machine import Machine, own_bytes, read_machine
 from wanfit.plan.plan import Plan
 from wanfit.plan.planner import make_plan
 from wanfit.plan.rates import measure_disk, remember_rates
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from wanfit.engine.meter import Meter
     from wanfit.engine.weights.depot import Depot
 
-DEMO_DIRECTORY = search.DEMO_DIRECTORY
+DEMO_DIRECTORY = package.DEMO_DIRECTORY
 DEFAULT_DIRECTORY = Path("outputs")
 # torch's allocator then grows and shrinks its blocks: 12 to 15 % less reserved while denoising than
 # by default, 3 to 11 % less while decoding; cudaMallocAsync lies between (benchmarks/RESULTS.md).
@@ -117,8 +118,14 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
+    held = own_bytes() - (depot.registered_bytes if depot else 0)
+
+    def machine(weights: Path) -> Machine:
+        return replace(read_machine(weights=weights), process_bytes=max(0, held))
+
     planned = plan_request(
         resolved,
+        machine,
         with_image=picture is not None,
         weights=weights,
         device=device,
@@ -146,30 +153,29 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
 
 def plan_request(
     resolved: ResolvedRequest,
+    machine: Callable[[Path], Machine],
     *,
     with_image: bool,
-    weights: str | Path | Located | None = None,
+    weights: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     vram: str | int | None = None,
     ram: str | int | None = None,
-    machine: Machine | None = None,
 ) -> Planned:
     """Finds the weights of a request and plans it, as `generate` does before it imports torch.
 
-    machine: the one to plan for, where the caller read it before; None: this one, as it is now.
-    The other options are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
+    machine: gives the one to plan for, once it is known where the weights lie. The other options are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
     """
     device = _known_device(device)
     wanted = read_precision(precision)
-    model = weights if isinstance(weights, Located) else locate(resolved.spec, weights, wanted)
+    model = locate(resolved.spec, weights, wanted)
     stored = model.precision
     if wanted == "fp8" != stored:
         raise BadOption(
             f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    place = machine or read_machine(weights=model.path)
+    place = machine(model.path)
     ram_bytes = _budget(ram, "ram")
 
     def plan_within(vram_bytes: int | None, device: str) -> Plan:
@@ -407,6 +413,7 @@ class _Tally:
                 self.notices.append(message)
 
 
+@cache  # a look-up leaves a few objects behind each time
 def version() -> str:
     """The installed version; a source tree on the path that is not installed has none."""
     try:

@@ -182,7 +182,7 @@ class Worker(threading.Thread):
                     patience_s=self._patience.keep_s,
                     must_drain=self._grace_is_over,
                 )
-                why = "stale" if job is None else "drained"
+                why = "stale" if job is None else "not_kept"
             case Refused(failure):
                 job = self._commit(lambda: store.fail(claim, failure))
             case NoRoom(message):
