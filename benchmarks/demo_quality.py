@@ -1,13 +1,17 @@
-"""How often the demo model shows what its prompt says.
+"""How often a demo model shows what its prompt says.
 
-    python -m benchmarks.demo_quality [--weights DIR] [--device cuda] [--workers 4] [--limit N]
+    python -m benchmarks.demo_quality [--model demo-t2v] [--weights DIR] [--device cuda]
+        [--workers 4] [--limit N] [--experts low,high]
 
 Prompts that training never used: combinations of colour, shape and motion held out, phrasings
 held out, both; a set with two objects; a set that starts from an image. Clips are made one by one
 by the engine's own pipeline (`generate_frames`), with the model's default sampling unless told
 otherwise; only the loading of weights is done once. `training.analyser` reads the clips. The same
 is done to the ground truth and to the autoencoder's copy of it, which bound what the transformer
-can reach. Prints Markdown for benchmarks/RESULTS.md, and one line of JSON last.
+can reach. A model from text alone is asked for no clips from an image, and one from images for
+nothing else: the same prompts with their first frames. --experts says who denoises above and below
+the boundary, high,low where nobody does: the others show that each expert does its own part.
+Prints Markdown for benchmarks/RESULTS.md, and one line of JSON last.
 Left out: taste, sharpness, and what the model does with words that it does not know.
 
 Dims: F frames, H W pixels.
@@ -27,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -38,6 +42,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from training import command
 from training.analyser import ClipScore, ClipSeen, analyse, expected, score
 from training.shapes import (
     MOTIONS,
@@ -52,14 +57,15 @@ from training.shapes import (
 from training.sheet import Strip, draw_sheet, to_uint8
 from wanfit.engine.decode import to_uint8 as decoded_to_uint8
 from wanfit.engine.pipeline import VAE_DTYPE, generate_frames
+from wanfit.engine.weights.checkpoint import open_parts
 from wanfit.engine.weights.depot import Depot
-from wanfit.engine.weights.open import open_model
+from wanfit.engine.weights.files import ModelFiles
+from wanfit.engine.weights.locate import locate
 from wanfit.events import FramesReady
 from wanfit.plan.machine import read_machine
 from wanfit.plan.planner import make_plan
 from wanfit.request import VideoRequest, resolve
-from wanfit.service import DEMO_DIRECTORY
-from wanfit.specs import DEMO
+from wanfit.specs import DEMO, DEMO_I2V, DEMO_T2V, Expert, ModelSpec
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 T = TypeVar("T")
@@ -81,7 +87,7 @@ FAILURES_LISTED = 30
 class Task:
     """One clip to make. Plain values, so that it travels to a worker."""
 
-    group: str  # "combination", "phrasing", "both", "two", "image"
+    group: str  # "combination", "phrasing", "both", "two", "image", "image_two"
     prompt: str
     attributes: tuple[int, ...]  # one row of training.shapes
     sizes_named: tuple[bool, ...]
@@ -113,17 +119,21 @@ def make_tasks(
     ]
 
 
-def all_tasks(seed: int, limit: int | None) -> list[Task]:
-    """Every prompt of the benchmark; `limit` cuts each group."""
+def all_tasks(spec: ModelSpec, seed: int, limit: int | None) -> list[Task]:
+    """Every prompt of the benchmark that the model takes; `limit` cuts each group."""
     third = ONE_OBJECT_PROMPTS // 3
-    groups = [
+    from_text = [
         make_tasks("combination", third, seed, "held_out", "train"),
         make_tasks("phrasing", third, seed + 1000, "train", "held_out"),
         make_tasks("both", third, seed + 2000, "held_out", "held_out"),
         make_tasks("two", TWO_OBJECT_PROMPTS // 2, seed + 3000, "held_out", "train", two=True),
         make_tasks("two", TWO_OBJECT_PROMPTS // 2, seed + 4000, "held_out", "held_out", two=True),
-        make_tasks("image", IMAGE_PROMPTS, seed + 5000, "held_out", "train"),
     ]
+    from_image = [
+        make_tasks("image", IMAGE_PROMPTS, seed + 5000, "held_out", "train"),
+        make_tasks("image_two", IMAGE_PROMPTS // 2, seed + 8000, "held_out", "train", two=True),
+    ]
+    groups = {"t2v": from_text, "i2v": from_image, "ti2v": [*from_text, *from_image]}[spec.task]
     return list(itertools.chain.from_iterable(group[:limit] for group in groups))
 
 
@@ -136,7 +146,9 @@ def all_tasks(seed: int, limit: int | None) -> list[Task]:
 class Settings:
     """How clips are made. None: the model's default."""
 
-    weights: Path
+    spec: ModelSpec
+    weights: Path | None
+    experts: tuple[Expert, ...] | None  # who stands for each of the model's
     device: str
     precision: str
     size: tuple[int, int]  # (width, height), px
@@ -175,18 +187,31 @@ class Bound:
     psnr_db: float  # of the copy
 
 
+def open_files(settings: Settings) -> ModelFiles:
+    """The model, its experts as `settings` says."""
+    spec, experts = settings.spec, settings.experts
+    located = locate(spec, settings.weights, "auto")
+    if experts is None or located.chosen is None:
+        assert experts is None, f"{located.path} is a store, whose experts are what they are"
+        return located.open()
+    networks = dict(located.chosen.networks)
+    for own, other in zip(spec.experts, experts, strict=True):
+        networks[own] = located.chosen.networks[other]
+    return open_parts(replace(located.chosen, networks=networks))
+
+
 class Maker:
     """Makes clips in one process."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.depot = Depot(torch.device(settings.device))
-        self.files = open_model(settings.weights, DEMO)
+        self.files = open_files(settings)
         self.machine = read_machine()
 
     def make(self, task: Task) -> Outcome:
         """One clip by the engine's pipeline, read by the analyser."""
-        given = self._first_frame(task) if task.group == "image" else None
+        given = self._first_frame(task) if task.group.startswith("image") else None
         began_s = time.perf_counter()
         frames = self._generate(task, given)
         elapsed_s = time.perf_counter() - began_s
@@ -213,7 +238,7 @@ class Maker:
             "guidance": settings.guidance,
         }
         request = resolve(
-            VideoRequest.parse(fields), DEMO, image_size=image.size if image else None
+            VideoRequest.parse(fields), settings.spec, image_size=image.size if image else None
         )
         plan = make_plan(
             request,
@@ -374,10 +399,11 @@ def all_figures(outcomes: Sequence[Outcome]) -> list[Figure]:
         "two_both_right",
         "two objects: colour, shape and motion of both right",
         [all(o.right for o in clip.objects) for clip in two],
-        70,
+        80,
     )
     figures += attribute_figures("two", "two objects", two)
     figures += image_figures([o for o in outcomes if o.task.group == "image"])
+    figures += attribute_figures("image_two", "two objects, from an image", of("image_two"))
     return figures
 
 
@@ -445,13 +471,12 @@ def print_table(figures: Sequence[Figure]) -> None:
 
 
 def print_breakdown(outcomes: Sequence[Outcome]) -> None:
-    """Right motions by motion and right shapes by shape, all text prompts together."""
+    """Right motions by motion and right shapes by shape, all prompts together."""
     print("\n| asked for | motion right | | asked for | shape right |")
     print("| --- | ---: | --- | --- | ---: |")
     pairs = [
         (want, got)
         for o in outcomes
-        if o.task.group != "image"
         for want, got in zip(expected(o.task.row).objects, o.score.objects, strict=True)
     ]
     for i in range(max(len(MOTIONS), len(SHAPES))):
@@ -503,7 +528,9 @@ def counted(results: Iterable[T]) -> Iterator[T]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Counts how often clips show what was asked for.")
-    parser.add_argument("--weights", type=Path, default=DEMO_DIRECTORY, help="model directory")
+    command.add_model(parser, DEMO, DEMO_T2V, DEMO_I2V)
+    parser.add_argument("--weights", type=Path, help="model directory; default: what ships")
+    parser.add_argument("--experts", help="for high and low noise, of high and low: low,high")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA")
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips")
@@ -520,7 +547,9 @@ def parse_arguments() -> argparse.Namespace:
 def settings_from(given: argparse.Namespace) -> Settings:
     width, height = (int(side) for side in given.size.split("x"))
     return Settings(
+        spec=given.model,
         weights=given.weights,
+        experts=read_experts(given.experts),
         device=given.device,
         precision=given.precision or ("bf16" if given.device.startswith("cuda") else "fp32"),
         size=(width, height),
@@ -531,16 +560,25 @@ def settings_from(given: argparse.Namespace) -> Settings:
     )
 
 
+def read_experts(text: str | None) -> tuple[Expert, ...] | None:
+    """ "low,high" as names of experts."""
+    if text is None:
+        return None
+    names: dict[str, Expert] = {"high": "high_noise", "low": "low_noise"}
+    return tuple(names[word] for word in text.split(","))
+
+
 def heading(settings: Settings, workers: int, clip_s: float, total_s: float) -> str:
     """When, on what and how."""
     on_gpu = settings.device.startswith("cuda")
     machine = torch.cuda.get_device_name(settings.device) if on_gpu else platform.machine()
-    command = shlex.join(["python", "-m", "benchmarks.demo_quality", *sys.argv[1:]])
+    typed = shlex.join(["python", "-m", "benchmarks.demo_quality", *sys.argv[1:]])
     width, height = settings.size
     return (
-        f"{date.today().isoformat()}, {settings.device} ({machine}), torch {torch.__version__},"
+        f"{date.today().isoformat()}, {settings.spec.name}, {settings.device} ({machine}),"
+        f" torch {torch.__version__},"
         f" {settings.precision}, {width}x{height}, {settings.frames} frames, {workers} workers,"
-        f" {clip_s:.2f} s per clip, {total_s:.0f} s in all: `{command}`\n"
+        f" {clip_s:.2f} s per clip, {total_s:.0f} s in all: `{typed}`\n"
     )
 
 
@@ -549,7 +587,7 @@ def main() -> None:
     settings = settings_from(given)
     began_s = time.perf_counter()
     maker = Maker(settings)
-    tasks = all_tasks(given.seed, given.limit)
+    tasks = all_tasks(settings.spec, given.seed, given.limit)
     outcomes = list(counted(do_all(Maker.make, tasks, maker, given.workers)))
     copied = bound_tasks(given.seed, given.limit)
     measured = list(counted(do_all(Maker.bound, copied, maker, given.workers)))

@@ -7,7 +7,7 @@ one is for the log of a training run. Euler steps, captions and combinations nev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from training import shapes
 from training.analyser import ClipScore, analyse, expected, score
+from training.pool import image_channels, image_latents
+from wanfit.engine.denoise import expert_at
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
 from wanfit.engine.schedule import make_schedule
 from wanfit.geometry import geometry_of
-from wanfit.specs import DEMO, TEXT_TOKENS
+from wanfit.specs import TEXT_TOKENS, Expert, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +36,58 @@ class Trial:
     from_image: bool = False
 
 
-TRIALS = (
+FROM_TEXT = (
     Trial("one object, guidance 1", guidance=1.0),
     Trial("one object, guidance 3"),
     Trial("one object, guidance 5", guidance=5.0),
     Trial("two objects, guidance 3", two_objects=1.0),
-    Trial("from an image, guidance 3", from_image=True),
 )
+FROM_IMAGE = (Trial("from an image, guidance 3", from_image=True),)
+ALL_TRIALS = (*FROM_TEXT, *FROM_IMAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """A model in training."""
+
+    spec: ModelSpec
+    dits: Mapping[Expert, Dit]
+    umt5: Umt5
+    vae: Vae
 
 
 @torch.no_grad()
-def evaluate(dit: Dit, umt5: Umt5, vae: Vae, device: torch.device, count: int) -> Iterator[str]:
-    """Yields a line for each trial, of `count` clips each."""
-    for trial in TRIALS:
-        generator = torch.Generator(device).manual_seed(1234)
-        rows = shapes.sample_attributes(count, generator, "held_out", trial.two_objects)
-        wording = shapes.sample_wording(rows, generator, "held_out")
-        texts = [
-            embed_text(umt5, *tokens)
-            for tokens in (
-                shapes.tokenise_batch(rows, wording),
-                shapes.empty_captions(count, device),
-            )
-        ]
-        first = None
-        if trial.from_image:
-            images = shapes.render(rows)[:, :, :1]
-            first = vae.mean(images, None, first=True)
-        latents = sample(dit, texts, generator, trial.guidance, first)
-        yield f"{trial.title}: {summary(judge(vae, latents, rows, wording))}"
+def evaluate(networks: Networks, trial: Trial, count: int) -> str:
+    """A line about `count` clips of one kind."""
+    spec, vae = networks.spec, networks.vae
+    device = vae.to_moments.weight.device
+    generator = torch.Generator(device).manual_seed(1234)
+    rows = shapes.sample_attributes(count, generator, "held_out", trial.two_objects)
+    wording = shapes.sample_wording(rows, generator, "held_out")
+    texts = [
+        embed_text(networks.umt5, *tokens)
+        for tokens in (
+            shapes.tokenise_batch(rows, wording),
+            shapes.empty_captions(count, device),
+        )
+    ]
+    given = None
+    if trial.from_image:
+        width, height = spec.presets[0]
+        images = shapes.render(rows, spec.sampling.num_frames, height, width)[:, :, :1]
+        given = condition(networks, images)
+    latents = sample(networks, texts, generator, trial.guidance, given)
+    return f"{trial.title}: {summary(judge(vae, latents, rows, wording))}"
+
+
+def condition(networks: Networks, images: Tensor) -> Tensor:
+    """What first frames [B, 3, 1, H, W] px become: TI2V's latent frame, or I2V's channels."""
+    spec, vae = networks.spec, networks.vae
+    if spec.task == "ti2v":
+        return vae.mean(images, None, first=True)
+    frames = spec.sampling.num_frames
+    parts = [image_latents(vae, part, frames) for part in images.split(16)]
+    return image_channels(torch.cat(parts), spec.vae.stride_frames)
 
 
 def judge(vae: Vae, latents: Tensor, rows: Tensor, wording: Tensor) -> list[ClipScore]:
@@ -91,23 +116,32 @@ def embed_text(umt5: Umt5, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    dit: Dit,
-    texts: list[tuple[Tensor, Tensor]],
+    networks: Networks,
+    texts: Sequence[tuple[Tensor, Tensor]],
     generator: torch.Generator,
     guidance: float,
-    first: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor:
-    """Latents [B, C, T, H, W] of default-sized clips; `texts` are those of cond and uncond."""
-    device, count = generator.device, len(texts[0][0])
-    geometry = geometry_of(DEMO, *DEMO.presets[0], DEMO.sampling.num_frames)
-    schedule = make_schedule("euler", DEMO.sampling.num_inference_steps, DEMO.sampling.shift)
+    """Latents [B, C, T, H, W] of default-sized clips; `texts` are those of cond and uncond.
+
+    given: what `condition` makes of an image.
+    """
+    spec, device, count = networks.spec, generator.device, len(texts[0][0])
+    geometry = geometry_of(spec, *spec.presets[0], spec.sampling.num_frames)
+    schedule = make_schedule("euler", spec.sampling.num_inference_steps, spec.sampling.shift)
     x = torch.randn(count, *geometry.latent_shape, generator=generator, device=device)
+    first = given if spec.task == "ti2v" else None
+    channels = given if spec.task == "i2v" else None
     for sigma, following in pairwise(schedule.sigmas):
-        times = torch.full((count, x.shape[2]), 1000 * sigma, device=device)
+        dit = networks.dits[expert_at(spec, 1000 * sigma)]
+        times = torch.full((count,), 1000 * sigma, device=device)
         if first is not None:
-            x[:, :, :1], times[:, 0] = first, 0
+            x[:, :, :1] = first
+            times = times[:, None].repeat(1, x.shape[2])
+            times[:, 0] = 0
+        read = x if channels is None else torch.cat([x, channels], dim=1)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            cond, uncond = (dit(x, times, *text) for text in texts)
+            cond, uncond = (dit(read, times, *text) for text in texts)
         x = x + (following - sigma) * (uncond + guidance * (cond - uncond))
     if first is not None:
         x[:, :, :1] = first

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
+TENTH = 10.0
 
 
 class Optimizer:
@@ -94,7 +95,10 @@ class Optimizer:
 
 
 class Average:
-    """A running mean of parameters that forgets over about 1 / (1 - decay) steps, less at first."""
+    """A running mean of parameters: of about the last tenth of the steps, 1 / (1 - decay) at most.
+
+    A share of the steps and not a number, so that a short run's average is not that of its start.
+    """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
         parameters = dict(named)
@@ -105,7 +109,7 @@ class Average:
     @torch.no_grad()
     def update(self, steps: Tensor) -> None:
         """After an update of the parameters; `steps` [] counts those done."""
-        keep = torch.clamp(1 - 1 / (steps + 1), max=self._decay)
+        keep = torch.clamp(1 - TENTH / (steps + TENTH), max=self._decay)
         means = list(self.tensors.values())
         torch._foreach_sub_(means, self._parameters)
         torch._foreach_mul_(means, keep)
@@ -118,8 +122,12 @@ def learning_rate(peak: float, step: int, warmup_steps: int, progress: float) ->
     return peak * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def captured(update: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def captured(
+    update: Callable[[], Tensor], beside: torch.cuda.CUDAGraph | None = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """`update` as one CUDA graph, and the tensor that each replay fills with its result.
+
+    beside: a graph whose memory this one may use too; the two never run at the same time.
 
     Small networks are bound by launches; a replay is one. `update` runs three times first, on a
     stream of its own, as capturing asks for: with a learning rate of 0 only momenta are moved.
@@ -131,7 +139,7 @@ def captured(update: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor
             update()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=beside.pool() if beside else None):
         result = update()
     return graph, result
 

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from training import checkpoint, command, shapes
 from training.evaluate import embed_text
+from training.noise import noise_of, noised
 from training.optim import Average, Optimizer, learning_rate
-from training.train_dit import FROM_IMAGE, Pool, View, emptied, noised, training_sigma
+from training.pool import Pool, View, emptied
+from training.train_dit import FROM_IMAGE
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae
@@ -74,7 +76,7 @@ def matching_loss(
 ) -> Tensor:
     """Mean squared difference of the two velocities, each encoder reading its own tokens."""
     device, batch = generator.device, len(clean)
-    sigma = training_sigma(torch.randn(batch, generator=generator, device=device))
+    sigma = noise_of(DEMO).draw(batch, device, generator)
     given = torch.rand(batch, generator=generator, device=device) < FROM_IMAGE
     noise = torch.randn(clean.shape, generator=generator, device=device)
     noisy, levels = noised(clean, noise, sigma, given)
@@ -100,7 +102,7 @@ def main() -> None:
 
     generator = torch.Generator(device).manual_seed(args.seed + 1)
     began = time.perf_counter()
-    pool = Pool(VIEW, vae, generator)
+    pool = Pool(DEMO, VIEW, vae, generator)
     print(f"pool ready after {time.perf_counter() - began:.0f} s", flush=True)
 
     optimizer = Optimizer([(student.named_parameters(), 1.0)])

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint, shapes, train_dit, train_text
+from training import checkpoint, shapes, train_text
 from training.evaluate import embed_text
-from training.optim import Optimizer, orthogonal
+from training.optim import Average, Optimizer, orthogonal
+from training.pool import Pool
+from training.pool import View as PoolView
 from training.train_vae import View, crop, fold_statistics
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
@@ -65,6 +67,16 @@ def test_newton_schulz_brings_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(orthogonal(1e-3 * torch.randn(shape)))
         assert values.min() > 0.4
         assert values.max() < 1.3
+
+
+def test_a_short_runs_average_is_that_of_its_end() -> None:
+    """A weight that counts its steps: 200 steps average to the last tenth, not to the middle."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = Average([("w", weight)], decay=0.9995)
+    for step in range(1, 201):
+        weight.data.fill_(step)
+        average.update(torch.tensor(float(step)))
+    assert 175 < average.tensors["w"].item() < 190
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -142,9 +154,9 @@ def test_the_teacher_reads_the_same_facts_in_the_plainest_phrasing() -> None:
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
     """The same encoder and words: rounding alone. Another encoder, or other words: a loss."""
     torch.manual_seed(0)
-    view = train_dit.View(5, 64, 64, clips=4, batch=4, share=1.0)
+    view = PoolView(5, 64, 64, clips=4, batch=4, share=1.0)
     vae = Vae(DEMO.vae).requires_grad_(False)
-    pool = train_dit.Pool(view, vae, torch.Generator().manual_seed(1))
+    pool = Pool(DEMO, view, vae, torch.Generator().manual_seed(1))
     clean, told, plain = train_text.draw(pool, torch.Generator().manual_seed(2))
     dit = Dit(DEMO.dit)
     teacher, other = Umt5(DEMO.umt5), Umt5(DEMO.umt5)

@@ -170,7 +170,7 @@ def _sqlite_path(url: str) -> Path | None:
         return Path(url).absolute()
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):
         raise BadSetting("The URL of the job database cannot be read", hint=_HINT) from None
     kind = parsed.get_backend_name()
     if kind in ("postgresql", "postgres"):

@@ -14,7 +14,6 @@ from wanfit.jobs.attempts import lose
 from wanfit.jobs.database import Transaction
 from wanfit.jobs.job import Failure
 from wanfit.jobs.leases import Stillness
-from wanfit.jobs.liveness import is_dead
 from wanfit.jobs.rows import Row, finish
 from wanfit.jobs.schema import jobs
 
@@ -59,10 +58,3 @@ def end_waiting(tx: Transaction, job_ids: list[str]) -> list[Row]:
     query = sa.select(jobs).where(jobs.c.id.in_(job_ids), jobs.c.state == "queued")
     rows = tx.execute(query).mappings().all()
     return [finish(tx, row, "expired", by=None) for row in rows]
-
-
-def leases_of_the_dead(connection: sa.Connection, *, same_host: bool) -> list[str]:
-    query = sa.select(jobs.c.lease, jobs.c.worker).where(jobs.c.state == "running")
-    return [
-        lease for lease, worker in connection.execute(query) if is_dead(worker, same_host=same_host)
-    ]

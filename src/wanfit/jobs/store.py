@@ -35,6 +35,7 @@ from wanfit.jobs.job import (
     State,
 )
 from wanfit.jobs.leases import Stillness
+from wanfit.jobs.liveness import is_dead
 from wanfit.jobs.schema import jobs
 from wanfit.outputs import Kept
 
@@ -234,10 +235,12 @@ class JobStore:
 
     def reap_dead(self) -> list[Job]:
         """Ends the leases of processes that are certainly gone, without waiting for silence."""
+        return self._end_leases([claim.lease for claim in self.dead_claims()], reaping.GONE)
+
+    def dead_claims(self) -> list[Claim]:
+        """The attempts whose process is certainly gone."""
         same_host = self._database.is_of_one_host
-        with self._database.read() as connection:
-            leases = reaping.leases_of_the_dead(connection, same_host=same_host)
-        return self._end_leases(leases, reaping.GONE)
+        return [claim for claim in self.running() if is_dead(claim.worker, same_host=same_host)]
 
     def running(self) -> list[Claim]:
         """Every attempt that has a lease now."""
@@ -247,22 +250,24 @@ class JobStore:
 
     # files, for reconciliation
 
-    def results(self) -> dict[str, str]:
-        """Key of the files and job id, of each job that has files."""
-        query = sa.select(jobs.c.result_key, jobs.c.id).where(
-            jobs.c.result_key.is_not(None), jobs.c.output_gone.is_(False)
+    def results(self) -> dict[str, bool]:
+        """The key of the files of each job that has some, and whether they are noted as gone."""
+        query = sa.select(jobs.c.result_key, jobs.c.output_gone).where(
+            jobs.c.result_key.is_not(None)
         )
         with self._database.read() as connection:
-            return {key: job_id for key, job_id in connection.execute(query)}
+            return {key: gone for key, gone in connection.execute(query)}
 
-    def outputs_gone(self, keys: Sequence[str]) -> list[Job]:
-        """Notes that files are gone; gives the jobs that it touches."""
+    def note_outputs(self, keys: Sequence[str], *, gone: bool) -> list[Job]:
+        """Notes that files are gone, or there again; gives the jobs whose they are."""
+        if not keys:
+            return []
         query = sa.select(jobs.c.id).where(
-            jobs.c.result_key.in_(keys), jobs.c.output_gone.is_(False)
+            jobs.c.result_key.in_(keys), jobs.c.output_gone.is_not(gone)
         )
         with self._database.write() as tx:
             found = tx.connection.scalars(query).all()
-            touched = [rows.change(tx, job_id, output_gone=True) for job_id in found]
+            touched = [rows.change(tx, job_id, output_gone=gone) for job_id in found]
         return [rows.job_of(row) for row in touched]
 
     def is_result(self, key: str) -> bool:

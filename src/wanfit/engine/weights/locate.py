@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from wanfit.engine.weights.checkpoint import Chosen, choose
 from wanfit.engine.weights.headers import read_json
+from wanfit.engine.weights.package import choose_packaged, packaged
 from wanfit.engine.weights.recognise import STORE_FILE, STORE_PRECISIONS, is_store
 from wanfit.engine.weights.search import (
-    DEMO_DIRECTORY,
     command_for,
     convert_command,
     is_quantised,
@@ -18,7 +18,7 @@ from wanfit.engine.weights.search import (
 )
 from wanfit.errors import WeightsError, WeightsMismatch, WeightsMissing
 from wanfit.plan.plan import Precision
-from wanfit.specs import DEMO, ModelSpec
+from wanfit.specs import ModelSpec
 
 if TYPE_CHECKING:
     from wanfit.engine.weights.files import ModelFiles
@@ -69,11 +69,11 @@ def locate(
 ) -> Located:
     """The weights of `spec` at `named`, or the best that is here for a clip in `precision`.
 
-    named: a store, a directory of any layout, or a file in one. None: `demo` is in the package,
-    all others are searched for. Imports no torch. Raises WeightsError.
+    named: a store, a directory of any layout, or a file in one. None: the demo models are in the
+    package, all others are searched for. Imports no torch. Raises WeightsError.
     """
-    if named is None and spec == DEMO:
-        named = DEMO_DIRECTORY
+    if named is None and (shipped := packaged(spec)) is not None:
+        return Located(spec, shipped, choose_packaged(spec))
     if named is None:
         return _found(spec, precision)
     path = Path(named)

@@ -22,6 +22,7 @@ from typing import Literal
 
 from wanfit.engine.weights.checkpoint import TOKENIZER_PLACES, Chosen, choose
 from wanfit.engine.weights.headers import read_json, read_weight_map
+from wanfit.engine.weights.package import packaged_directories
 from wanfit.engine.weights.parts import Part, read_parts
 from wanfit.engine.weights.places import Place, Walked, search_path, walk
 from wanfit.engine.weights.recognise import MODEL_INDEX, STORE_FILE, STORE_PRECISIONS
@@ -29,8 +30,6 @@ from wanfit.engine.weights.shelf import network_title
 from wanfit.errors import WanfitError, WeightsBroken, WeightsMismatch
 from wanfit.plan.plan import NetworkName, Precision
 from wanfit.specs import MODELS, Expert, ModelSpec
-
-DEMO_DIRECTORY = Path(__file__).parents[2] / "demo"  # ships in the package
 
 # Folders within the directory of one model. official: wan/configs; diffusers: save_pretrained;
 # ComfyUI: folder_paths.py; QuantStack's GGUF repositories: HighNoise, LowNoise, VAE.
@@ -126,7 +125,8 @@ class Findings:
 def search(places: Sequence[Place] | None = None, models: Sequence[ModelSpec] = MODELS) -> Findings:
     """Looks through `places` (None: `search_path` and the package) for `models`. Raises nothing."""
     if places is None:
-        places = (Place(DEMO_DIRECTORY, "package"), *search_path())
+        shipped = (Place(path, "package") for path in packaged_directories())
+        places = (*shipped, *search_path())
     seen: set[tuple[int, int]] = set()
     walked = tuple(walk(place, seen) for place in places)
     reader = _Reader(models)
