@@ -22,7 +22,7 @@ from wanfit.request import (
     parse_size,
     resolve,
 )
-from wanfit.specs import DEMO, MODELS, TI2V_5B, ModelSpec, Solver
+from wanfit.specs import DEMO, MODELS, T2V_A14B, TI2V_5B, ModelSpec, Solver
 
 # --- whatever a stranger sends -------------------------------------------------------------------
 
@@ -121,6 +121,9 @@ def test_any_request_resolves_to_a_legal_one_or_to_a_typed_error(
         ("sample_shift", 2.5),
         ("sample_solver", "euler"),
         ("base_seed", 11),
+        ("boundary_ratio", 0.5),
+        ("flow_shift", 2.5),
+        ("guidance_scale_2", 2.0),
     ],
 )
 def test_an_alias_means_the_same_as_the_name(alias: str, value: object) -> None:
@@ -212,6 +215,7 @@ def test_a_bare_prompt_gets_the_defaults_of_its_model(spec: ModelSpec) -> None:
     assert settings.pop("model") == spec.name
     assert settings.pop("prompt") == "a cat"
     assert 0 <= settings.pop("seed") < SEED_LIMIT
+    assert settings.pop("boundary") == spec.boundary
     assert settings == {name: getattr(sampling, name) for name in settings}
     assert set(settings) == set(sampling.__slots__)  # every default is used
 
@@ -232,10 +236,23 @@ def test_what_is_given_leads_over_the_defaults() -> None:
         "shift": 5.0,
         "guidance_high": 0.0,
         "guidance_low": 1.0,
+        "boundary": 0.5,
         "solver": "euler",
         "seed": 0,
     }
     assert resolve(VideoRequest.parse(given)).describe() == {**given, "fps": 16}
+
+
+def test_the_boundary_is_the_model_s_unless_given() -> None:
+    asked = {"prompt": "a", "model": "t2v-a14b"}
+    assert resolve(VideoRequest.parse(asked)).boundary == T2V_A14B.boundary
+    assert resolve(VideoRequest.parse({**asked, "boundary_ratio": 0.5})).boundary == 0.5
+    assert resolve(VideoRequest.parse({"prompt": "a"})).boundary is None
+
+
+def test_a_model_with_one_expert_refuses_a_boundary() -> None:
+    with pytest.raises(BadOption, match="demo has one expert"):
+        resolve(VideoRequest.parse({"prompt": "a", "boundary": 0.5}))
 
 
 @pytest.mark.parametrize("seed", [None, -1])

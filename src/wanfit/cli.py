@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from wanfit.commands import Interrupted, checkpoints, say_json
+from wanfit.commands import Interrupted, checkpoints, keys, say_json, serve
 from wanfit.errors import (
     BadRequest,
     DownloadFailed,
@@ -352,3 +352,5 @@ def _image_size(image: str | None) -> tuple[int, int] | None:
 app.command()(checkpoints.models)
 app.command()(checkpoints.pull)
 app.command()(checkpoints.convert)
+app.command()(serve.serve)
+app.add_typer(keys.app, name="keys")

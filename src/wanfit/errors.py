@@ -42,7 +42,9 @@ map the branches (and a test holds that every leaf is mapped).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 
 class WanfitError(Exception):
@@ -146,10 +148,40 @@ class NoRoom(WanfitError):
     code = "no_room"
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Something that would fit instead: in words, as fields of a request, and what it would take.
+
+    `change` is empty where the machine has to change and not the request.
+    """
+
+    text: str
+    change: Mapping[str, int]
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Which stage is short of which memory, by how much, and what would fit."""
+
+    stage: str
+    memory: Literal["GPU", "host"]
+    needed_bytes: int
+    budget_bytes: int
+    advice: tuple[Advice, ...]
+
+
 class DoesNotFit(NoRoom):
-    """The plan needs more than the budget; the hint names the nearest things that would fit."""
+    """The plan needs more than the budget; the hint names the nearest things that would fit.
+
+    `shortage` says the same for programs.
+    """
 
     code = "does_not_fit"
+
+    def __init__(self, message: str, *, hint: str = "", shortage: Shortage | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.shortage = shortage
 
 
 class OutOfMemory(NoRoom):

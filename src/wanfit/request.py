@@ -37,6 +37,9 @@ ALIASES: Mapping[str, str] = {
     "guidance_scale": "guidance",
     "cfg": "guidance",
     "base_seed": "seed",
+    "boundary_ratio": "boundary",
+    "flow_shift": "shift",
+    "guidance_scale_2": "guidance_low",  # diffusers: the first is of high noise, this of low
 }
 
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX*]\s*(\d{1,6})\s*")
@@ -78,6 +81,7 @@ class VideoRequest(BaseModel):
     shift: Annotated[float | None, Field(ge=SHIFT_RANGE[0], le=SHIFT_RANGE[1])] = None
     guidance_high: Guidance = None
     guidance_low: Guidance = None
+    boundary: Annotated[float | None, Field(ge=0, le=1)] = None  # of a model with two experts
     solver: Solver | None = None
     seed: Annotated[int | None, Field(ge=-1, lt=SEED_LIMIT)] = None  # None, -1: drawn at random
     # Memory flags of the official scripts: hints to the planner, which says what it made of them.
@@ -149,6 +153,7 @@ class ResolvedRequest:
     shift: float
     guidance_high: float
     guidance_low: float
+    boundary: float | None  # where the low-noise expert takes over; None: one expert
     solver: Solver
     seed: int
     memory_flags: MemoryFlags = MemoryFlags()
@@ -200,6 +205,7 @@ def resolve(
         shift=_given(request.shift, defaults.shift),
         guidance_high=_given(request.guidance_high, defaults.guidance_high),
         guidance_low=_given(request.guidance_low, defaults.guidance_low),
+        boundary=_boundary(request, spec),
         solver=_given(request.solver, defaults.solver),
         seed=secrets.randbelow(SEED_LIMIT) if seed is None or seed < 0 else seed,
         memory_flags=MemoryFlags(
@@ -231,6 +237,16 @@ def _size(
     if image_size is None:
         return width, height
     return size_for_image(spec, *image_size, area_px=width * height)
+
+
+def _boundary(request: VideoRequest, spec: ModelSpec) -> float | None:
+    """As given or the model's; a model with one transformer has nothing to switch to."""
+    if request.boundary is not None and spec.boundary is None:
+        raise BadOption(
+            f"boundary is {request.boundary}, and {spec.name} has one expert, so none",
+            hint="Leave it out",
+        )
+    return _given(request.boundary, spec.boundary)
 
 
 def _given(value: T | None, default: T) -> T:

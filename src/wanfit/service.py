@@ -57,16 +57,23 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """Everything about one clip that was checked and planned without torch."""
+class Planned:
+    """A request with its weights found and its plan made; nothing was loaded."""
 
     plan: Plan
+    weights: Located
+    machine: Machine
+    device: str
+    replan: Callable[[int | None, str], Plan]  # for a VRAM budget and a device
+
+
+@dataclass(frozen=True, slots=True)
+class _Order(Planned):
+    """Everything about one clip that was checked and planned without torch."""
+
     image: Image.Image | None
     output: Output
     sheet: Path | None
-    device: str
-    weights: Located
-    replan: Callable[[int | None, str], Plan]  # for a VRAM budget and a device
 
 
 def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag would hide them
@@ -111,24 +118,70 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
+    planned = plan_request(
+        resolved,
+        with_image=picture is not None,
+        weights=weights,
+        device=device,
+        precision=precision,
+        vram=vram,
+        ram=ram,
+        held_bytes=own_bytes() - (depot.registered_bytes if depot else 0),
+    )
+    order = _Order(
+        plan=planned.plan,
+        weights=planned.weights,
+        machine=planned.machine,
+        device=planned.device,
+        replan=planned.replan,
+        image=picture,
+        output=place,
+        sheet=_sheet_path(contact_sheet, place),
+    )
+    if order.weights.notice:
+        _tell(on_event, order.weights.notice)
+    report = _run(order, on_event, depot, began_s)
+    if report.plan.device == "cuda":
+        _learn_rates(order.machine, order.weights)
+    return report
+
+
+def plan_request(  # noqa: PLR0913  as in `generate`
+    resolved: ResolvedRequest,
+    *,
+    with_image: bool,
+    weights: str | Path | Located | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    machine: Machine | None = None,
+    held_bytes: int = 0,
+) -> Planned:
+    """Finds the weights of a request and plans it, as `generate` does before it imports torch.
+
+    machine: the one to plan for, where the caller read it before; None: this one, as it is now.
+    held_bytes: what the process that will generate holds already, as `own_bytes` counts it.
+    The other options are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
+    """
     device = _known_device(device)
     wanted = read_precision(precision)
-    model = locate(spec, weights, wanted)
+    model = weights if isinstance(weights, Located) else locate(resolved.spec, weights, wanted)
     stored = model.precision
     if wanted == "fp8" != stored:
         raise BadOption(
             f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    held = own_bytes() - (depot.registered_bytes if depot else 0)
-    machine = replace(read_machine(weights=model.path), process_bytes=max(0, held))
+    place = machine or read_machine(weights=model.path)
+    place = replace(place, process_bytes=max(0, held_bytes))
     ram_bytes = _budget(ram, "ram")
 
     def plan_within(vram_bytes: int | None, device: str) -> Plan:
         return make_plan(
             resolved,
-            machine,
-            with_image=picture is not None,
+            place,
+            with_image=with_image,
             weights_precision=stored,
             precision=wanted,
             vram_budget_bytes=vram_bytes,
@@ -136,21 +189,13 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
             device=cast("Literal['auto', 'cpu', 'cuda']", device.partition(":")[0]),
         )
 
-    order = _Order(
+    return Planned(
         plan=plan_within(_budget(vram, "vram"), device),
-        image=picture,
-        output=place,
-        sheet=_sheet_path(contact_sheet, place),
-        device=device,
         weights=model,
+        machine=place,
+        device=device,
         replan=plan_within,
     )
-    if model.notice:
-        _tell(on_event, model.notice)
-    report = _run(order, on_event, depot, began_s)
-    if report.plan.device == "cuda":
-        _learn_rates(machine, model)
-    return report
 
 
 def default_output(request: ResolvedRequest, directory: Path = DEFAULT_DIRECTORY) -> Path:

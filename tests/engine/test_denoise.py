@@ -45,7 +45,7 @@ TEXT = TextPair(random_tensor(1, 12, 24, seed=1), random_tensor(1, 12, 24, seed=
 )
 def test_the_boundary_belongs_to_high_noise(spec: ModelSpec, timestep: float, expert: str) -> None:
     """And a dense model has one expert for all."""
-    assert expert_at(spec, timestep) == expert
+    assert expert_at(spec.boundary, timestep) == expert
 
 
 @pytest.mark.parametrize(("spec", "high_steps"), [(T2V_A14B, 26), (I2V_A14B, 15)])
@@ -55,7 +55,7 @@ def test_the_official_defaults_switch_after_the_official_step(
     """26 of 40 steps and 15 of 40: wan22-models.md 3.1."""
     sampling = spec.sampling
     schedule = make_schedule(sampling.solver, sampling.num_inference_steps, sampling.shift)
-    experts = [expert_at(spec, timestep) for timestep in schedule.timesteps]
+    experts = [expert_at(spec.boundary, timestep) for timestep in schedule.timesteps]
     assert experts == ["high_noise"] * high_steps + ["low_noise"] * (40 - high_steps)
 
 
@@ -78,6 +78,14 @@ def test_uncond_is_left_out_of_the_phase_of_an_expert_that_is_not_guided(
     found = phases(_request(TINY_T2V, guidance_high=high, guidance_low=low))
     assert [phase.passes for phase in found] == passes
     assert [phase.expert for phase in found] == ["high_noise", "low_noise"]
+
+
+def test_a_boundary_that_was_asked_for_moves_the_switch() -> None:
+    """From one where both experts have steps to one that no timestep reaches."""
+    given = _request(TINY_T2V, boundary=0.95)
+    assert [phase.expert for phase in phases(given)] == ["high_noise", "low_noise"]
+    assert phases(given)[0].timesteps != phases(_request(TINY_T2V))[0].timesteps
+    assert [phase.expert for phase in phases(_request(TINY_T2V, boundary=1.0))] == ["low_noise"]
 
 
 @torch.inference_mode()
@@ -109,7 +117,7 @@ def test_each_step_is_guided_by_its_own_expert() -> None:
     schedule = make_schedule("euler", request.num_inference_steps, request.shift)
     experts = []
     for i, timestep in enumerate(schedule.timesteps):
-        experts.append(expert_at(TINY_T2V, timestep))
+        experts.append(expert_at(TINY_T2V.boundary, timestep))
         guidance = 4.0 if experts[-1] == "high_noise" else 1.5
         cond, uncond = (dits[experts[-1]](latents, torch.tensor([timestep]), text) for text in TEXT)
         velocity = uncond + guidance * (cond - uncond)

@@ -114,7 +114,7 @@ def _resolved(case: Case, spec: ModelSpec, image: Image.Image | None) -> Resolve
 
 def _experts(request: ResolvedRequest) -> set[str]:
     schedule = make_schedule(request.solver, request.num_inference_steps, request.shift)
-    return {expert_at(request.spec, timestep) for timestep in schedule.timesteps}
+    return {expert_at(request.boundary, timestep) for timestep in schedule.timesteps}
 
 
 def _our_frames(

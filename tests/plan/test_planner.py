@@ -357,6 +357,21 @@ class TestDoesNotFit:
         assert "--frames" in raised.value.hint
         assert "--size" in raised.value.hint
 
+    def test_it_says_so_to_programs_too(self) -> None:
+        """The same numbers, and fields of a request that does fit."""
+        with pytest.raises(DoesNotFit) as raised:
+            planned(asked("t2v-a14b", size="1280x720"), vram_budget_bytes=4 * GIB)
+        shortage = raised.value.shortage
+        assert shortage is not None
+        assert (shortage.stage, shortage.memory) == ("denoise", "GPU")
+        assert shortage.needed_bytes > shortage.budget_bytes == 4 * GIB
+        changes = [dict(advice.change) for advice in shortage.advice if advice.change]
+        assert {name for change in changes for name in change} >= {"num_frames", "width"}
+        for change in changes:
+            fields = {"width": 1280, "height": 720, **change}
+            size = f"{fields.pop('width')}x{fields.pop('height')}"
+            planned(asked("t2v-a14b", size=size, **fields), vram_budget_bytes=4 * GIB)
+
     def test_ram(self) -> None:
         with pytest.raises(DoesNotFit, match="of RAM while") as raised:
             planned(asked("t2v-a14b"), ram_budget_bytes=1 * GB)

@@ -68,17 +68,23 @@ def test_a_forward_on_an_h100_takes_about_what_was_measured(
     spec=st.sampled_from(MODELS),
     high=st.sampled_from([1.0, 4.0]),
     low=st.sampled_from([1.0, 3.0]),
+    moved=st.none() | st.floats(0, 1),
 )
 def test_forwards_are_those_of_the_schedule(
-    solver: Solver, steps: int, shift: float, spec: ModelSpec, high: float, low: float
-) -> None:
-    """Each expert's steps, twice where its guidance is not 1."""
+    solver: Solver, steps: int, shift: float, spec: ModelSpec, high: float, low: float,
+    moved: float | None,
+) -> None:  # fmt: skip
+    """Each expert's steps, twice where its guidance is not 1, wherever the boundary lies."""
+    if spec.boundary is None:
+        moved = None
     made = shape(
         spec.name, f"{spec.sampling.width}x{spec.sampling.height}", spec.sampling.num_frames,
         solver=solver, steps=steps, shift=shift, guidance_high=high, guidance_low=low,
+        boundary=moved,
     )  # fmt: skip
     times = make_schedule(solver, steps, shift).timesteps
-    boundary = -1.0 if spec.boundary is None else spec.boundary * NUM_TRAIN_TIMESTEPS
+    asked = spec.boundary if moved is None else moved
+    boundary = -1.0 if asked is None else asked * NUM_TRAIN_TIMESTEPS
     num_high = sum(time >= boundary for time in times)
     expected = {"high_noise": num_high * (1 + (high != 1))}
     if spec.boundary is not None:

@@ -23,7 +23,7 @@ from wanfit.events import StepDone
 from wanfit.geometry import Geometry
 from wanfit.plan.weights import ONCE_UNITS, block_names
 from wanfit.request import ResolvedRequest
-from wanfit.specs import NUM_TRAIN_TIMESTEPS, Expert, ModelSpec
+from wanfit.specs import NUM_TRAIN_TIMESTEPS, Expert
 
 
 class TextPair(NamedTuple):
@@ -52,9 +52,9 @@ def draw_noise(geometry: Geometry, seed: int) -> Tensor:
     return torch.randn(geometry.latent_shape, generator=generator).unsqueeze(0)
 
 
-def expert_at(spec: ModelSpec, timestep: float) -> Expert:
+def expert_at(boundary: float | None, timestep: float) -> Expert:
     """Who denoises at this timestep. official: text2video.py, _prepare_model_for_timestep."""
-    if spec.boundary is None or timestep >= spec.boundary * NUM_TRAIN_TIMESTEPS:
+    if boundary is None or timestep >= boundary * NUM_TRAIN_TIMESTEPS:
         return "high_noise"
     return "low_noise"
 
@@ -69,7 +69,7 @@ def phases(request: ResolvedRequest) -> list[Phase]:
     found: list[Phase] = []
     schedule = make_schedule(request.solver, request.num_inference_steps, request.shift)
     for timestep in schedule.timesteps:
-        expert = expert_at(request.spec, timestep)
+        expert = expert_at(request.boundary, timestep)
         if not found or found[-1].expert != expert:
             found.append(Phase(expert, guidance_of(request, expert), ()))
         found[-1] = found[-1]._replace(timesteps=(*found[-1].timesteps, timestep))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from wanfit.errors import BadOption, DoesNotFit
+from wanfit.errors import Advice, BadOption, DoesNotFit, Shortage
 from wanfit.plan.amounts import show_bytes
 from wanfit.plan.bytes import shape_of
 from wanfit.plan.case import Case, Device, Shortfall
@@ -112,14 +112,32 @@ def does_not_fit(case: Case, short: Shortfall) -> DoesNotFit:
     request = case.shape.request
     missing = short.needed_bytes - short.budget_bytes
     where = "of GPU memory" if short.memory == "GPU" else "of RAM"
-    offers = [suggestion.text for suggestion in suggestions(case)]
+    offers = suggestions(case)
+    texts = "; ".join(offer.text for offer in offers)
     return DoesNotFit(
         f"{request.spec.name} at {request.width}x{request.height}, {request.num_frames} frames,"
         f" {case.shape.precision} needs {show_bytes(short.needed_bytes)} {where} while"
         f" {STAGE_WORDS[short.stage]}, and {show_bytes(short.budget_bytes)} are there:"
         f" {show_bytes(missing)} too little",
-        hint=f"These fit: {'; '.join(offers)}" if offers else "Nothing near this fits here",
+        hint=f"These fit: {texts}" if offers else "Nothing near this fits here",
+        shortage=Shortage(
+            stage=short.stage,
+            memory=short.memory,
+            needed_bytes=short.needed_bytes,
+            budget_bytes=short.budget_bytes,
+            advice=tuple(_advice(request, offer) for offer in offers),
+        ),
     )
+
+
+def _advice(asked: ResolvedRequest, offer: Suggestion) -> Advice:
+    offered = offer.plan.request
+    changed = {
+        name: getattr(offered, name)
+        for name in ("width", "height", "num_frames")
+        if getattr(offered, name) != getattr(asked, name)
+    }
+    return Advice(offer.text, changed, round(offer.plan.seconds, 3))
 
 
 def suggestions(case: Case) -> tuple[Suggestion, ...]:

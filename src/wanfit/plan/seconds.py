@@ -126,7 +126,7 @@ def forwards_of(shape: Shape) -> dict[Expert, int]:
     sigma, shifted; the high-noise expert has those at or above the boundary.
     """
     request = shape.request
-    steps, boundary = request.num_inference_steps, request.spec.boundary
+    steps, boundary = request.num_inference_steps, request.boundary
     high = steps
     if boundary is not None:
         first = 0.9990000128746033 if request.solver == "unipc" else 1.0

@@ -1,0 +1,17 @@
+"""The server's log: one line for each thing worth a look, on stderr. No prompts, no secrets.
+
+Left out: a line for each request (`/metrics` counts them).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def start_log() -> None:
+    """For the whole process. Libraries are heard from warnings on."""
+    logging.basicConfig(stream=sys.stderr, format=FORMAT, level=logging.WARNING)
+    logging.getLogger("wanfit").setLevel(logging.INFO)
