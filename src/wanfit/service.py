@@ -164,7 +164,8 @@ def plan_request(
 ) -> Planned:
     """Finds the weights of a request and plans it, as `generate` does before it imports torch.
 
-    machine: gives the one to plan for, once it is known where the weights lie. The other options are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
+    machine: gives the one to plan for, once it is known where the weights lie. The other options
+    are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
     """
     device = _known_device(device)
     wanted = read_precision(precision)

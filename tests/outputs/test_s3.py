@@ -48,9 +48,10 @@ class Rclone:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        # A cache of directories that lasts 0 s makes rclone spin.
         self.process = subprocess.Popen(
             [RCLONE, "serve", "s3", "--addr", f"127.0.0.1:{self.port}",
-             "--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "0",
+             "--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "20ms",
              self.root],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "RCLONE_CONFIG": "", "HOME": str(self.root.parent)},
@@ -112,7 +113,7 @@ def shelf(rclone: Rclone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     bucket = rclone.root / name
     bucket.mkdir()
     place = Place.parse(f"s3://{name}/videos/here", rclone.url)
-    yield Shelf(rclone, bucket, place, tmp_path / "spool")
+    yield Shelf(rclone, bucket, place, rclone.root.parent / f"spool-{name}")
     if rclone.process is None:
         rclone.start()
 
@@ -192,10 +193,10 @@ class TestKeeping:
     def test_a_large_clip_goes_up_in_parts_that_memory_does_not_notice(
         self, shelf: Shelf, tmp_path: Path
     ) -> None:
-        """200 MB, in a process of its own: its peak grows by the parts on their way alone."""
+        """100 MB, in a process of its own: its peak grows by the parts on their way alone."""
         large = tmp_path / "large.bin"
         with large.open("wb") as file:
-            file.truncate(200_000_000)
+            file.truncate(100_000_000)
         script = (
             "import resource, sys; from pathlib import Path\n"
             "from wanfit.outputs.bucket import Bucket, Place\n"
@@ -203,7 +204,7 @@ class TestKeeping:
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
             "bucket.check(); before = peak()\n"
             "bucket.upload(Path(sys.argv[3]), 'large', 'video/mp4', {})\n"
-            "assert bucket.size('large') == 200_000_000\n"
+            "assert bucket.size('large') == 100_000_000\n"
             "print(peak() - before)\n"
         )
         place = f"s3://{shelf.place.bucket}"
@@ -211,7 +212,7 @@ class TestKeeping:
             [sys.executable, "-c", script, place, shelf.server.url, str(large)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert int(ended.stdout) < 110_000_000
+        assert int(ended.stdout) < 90_000_000
 
 
 class TestTrouble:
@@ -220,7 +221,7 @@ class TestTrouble:
             shelf.server.stop()
             began_s = time.monotonic()
             kept = [keep_one(store, f"job{i}") for i in range(3)]
-            assert time.monotonic() - began_s < 10
+            assert time.monotonic() - began_s < PATIENCE_S  # which `keep` would have had
             waiting, trouble = store.pending()
             assert waiting == {clip.key for clip in kept}
             assert isinstance(trouble, StoreGone)
