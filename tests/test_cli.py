@@ -173,7 +173,8 @@ class TestGenerate:
         assert report["settings"] == {
             "model": "demo", "prompt": "a red circle", "negative_prompt": "blue",
             "width": 64, "height": 32, "num_frames": 5, "fps": 16, "num_inference_steps": 2,
-            "shift": 4.0, "guidance_high": 2.0, "guidance_low": 1.5, "solver": "euler", "seed": 7,
+            "shift": 4.0, "guidance_high": 2.0, "guidance_low": 1.5, "boundary": None,
+            "solver": "euler", "seed": 7,
         }  # fmt: skip
 
     def test_a_terminal_shows_a_bar(self, here: Path, random_demo_dir: Path) -> None:

@@ -2,9 +2,9 @@
 
     request id -> host, origin -> announced length -> key -> rate -> body, bounded in bytes and time
 
-Plain ASGI: three microseconds where Starlette's middleware costs a task per request. A body is read
-whole here, within its bounds, so that no face can forget them; what is refused is answered before
-one byte of the body is read. A reply that was not foreseen becomes a 500 without a traceback.
+A body is read whole here, within its bounds, so that no face can forget them; what is refused is
+answered before one byte of the body is read. An error that nobody foresaw becomes a 500 without a
+traceback.
 """
 
 from __future__ import annotations
