@@ -5,12 +5,14 @@
 Sections:
     forward     one transformer forward: resident, registered, ring; at the sizes of FORWARDS
     pipeline    whole clips under caps of GPU and host memory; `pipeline:fp8` runs those with "fp8"
-    predicted   100 clips of random sizes and budgets in one process: plan against meter, growth
+    predicted   75 clips of random sizes and budgets in one process: plan against meter
+    jobs        100 short clips of random models, sizes and budgets in one process: does it grow?
     start       from process start to the first step; a second process beside the first
     allocator   reserved bytes under each allocator of torch
     peers       diffusers with its own offloading
 
-`forward:480p` runs the cases whose name has "480p" in it; likewise with `pipeline` and `peers`.
+`forward:480p` runs the cases whose name has "480p" in it, `forward:A14B 480p81` that case alone;
+likewise with `pipeline` and `peers`, by a part of the name.
 Each section is a process of its own with a limit of time, and prints every figure as a JSON line as
 soon as it is known. The table comes last. Weights are random and of true size
 (benchmarks.true_size); where the disk cannot hold all of them, notes say what was a hole.
@@ -52,8 +54,8 @@ if TYPE_CHECKING:
 
 # Seconds, on one H100; a command on a lent machine has 600.
 LIMITS_S = {
-    "forward": 420.0, "pipeline": 560.0, "predicted": 570.0, "start": 150.0, "allocator": 150.0,
-    "peers": 240.0,
+    "forward": 420.0, "pipeline": 560.0, "predicted": 570.0, "jobs": 400.0, "start": 150.0,
+    "allocator": 150.0, "peers": 240.0,
 }  # fmt: skip
 PEER_VRAM_BYTES = 31_370_000_000
 
@@ -159,6 +161,10 @@ def _run_inside(section: str, stores_path: Path, limit_s: float, *, compiled: bo
             from benchmarks.fit_predicted import predicted
 
             predicted(stores, limit_s - 20)  # time to say what was found
+        case "jobs":
+            from benchmarks.fit_predicted import jobs_in_a_row
+
+            jobs_in_a_row(stores, limit_s - 20)
         case "start":
             from benchmarks.fit_start import start
 
@@ -178,10 +184,10 @@ def _forward(stores: Stores, word: str, *, compiled: bool) -> None:
     from benchmarks.fit_forward import FORWARDS, run_case
 
     device = torch.device("cuda")
-    for case in FORWARDS:
-        if word in case.name:
-            store = stores.get(case.spec, case.precision, "first")
-            run_case(case, store, device, compiled=compiled)
+    exact = [case for case in FORWARDS if case.name == word]
+    for case in exact or [case for case in FORWARDS if word in case.name]:
+        store = stores.get(case.spec, case.precision, "first")
+        run_case(case, store, device, compiled=compiled)
 
 
 def _peers(stores: Stores, word: str) -> None:

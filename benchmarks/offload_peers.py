@@ -55,7 +55,7 @@ def run_peers(
     spec: ModelSpec, store: Path, cases: tuple[PeerCase, ...], *, vram_bytes: int
 ) -> None:
     """Model offload, then group offload, each at every size, within `vram_bytes`."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     depot = Depot(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(vram_bytes / total, device)

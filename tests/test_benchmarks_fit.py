@@ -17,7 +17,7 @@ from benchmarks import fit
 from benchmarks.confine import CannotConfine, _Peaks, _sample, cgroup_root, confined
 from benchmarks.figures import Figure, figure_line, insert_section, read_figures, table
 from benchmarks.fit_forward import ForwardCase, run_case
-from benchmarks.fit_predicted import MODELS, _random_shape
+from benchmarks.fit_predicted import MODELS, MOST_TOKENS, _random_shape
 from benchmarks.stores import Stores
 from benchmarks.true_size import holes_of, write_true_size
 from tests.engine.tiny_models import TINY_T2V, TINY_TI2V
@@ -106,7 +106,7 @@ def test_a_forward_is_the_same_wherever_its_weights_wait(
 def test_random_cases_are_legal(seed: int) -> None:
     draw = random.Random(seed)
     spec = draw.choice(MODELS)
-    (width, height), frames = _random_shape(draw, spec)
+    (width, height), frames = _random_shape(draw, spec, MOST_TOKENS)
     geometry_of(spec, width, height, frames)  # raises for illegal ones
 
 

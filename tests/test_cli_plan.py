@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests import cpu_time
 from wanfit.plan.cards import CARDS, card_named
 from wanfit.plan.machine import catalogue_machine, machine_to_json
 
@@ -41,15 +41,15 @@ def planned(*arguments: str) -> dict[str, Any]:
 
 
 def test_the_question_of_the_issue_is_answered_yes_in_under_a_second() -> None:
-    """The best of a few fresh processes: what others do on this machine only slows it down."""
-    times_s = []
-    for _ in range(3):
-        began_s = time.perf_counter()
+    """The best of a few fresh processes, each of one thread: CPU time is what it takes."""
+
+    def ask() -> None:
         ended = plan(*THE_ISSUE)
-        times_s.append(time.perf_counter() - began_s)
         assert ended.returncode == 0, ended
         assert "fits" in ended.stdout
         assert ended.stderr == ""
+
+    times_s = [cpu_time.of_children_s(ask) for _ in range(3)]
     assert min(times_s) < 1.0, times_s
 
 

@@ -15,7 +15,8 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,7 +29,7 @@ from wanfit.media import ContactSheet, Output, VideoWriter, check_output, check_
 from wanfit.plan.amounts import parse_bytes, show_bytes
 from wanfit.plan.bytes import CUDA_CONTEXT_BYTES
 from wanfit.plan.command import read_precision
-from wanfit.plan.machine import Machine, read_machine
+from wanfit.plan.machine import Machine, own_bytes, read_machine
 from wanfit.plan.plan import Plan
 from wanfit.plan.planner import make_plan
 from wanfit.plan.rates import measure_disk, remember_rates
@@ -119,7 +120,9 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
             f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    machine = read_machine(weights=model.path)
+    kept = depot.registered_bytes + depot.ring_bytes if depot else 0
+    held = own_bytes() - kept
+    machine = replace(read_machine(weights=model.path), process_bytes=max(0, held))
     ram_bytes = _budget(ram, "ram")
 
     def plan_within(vram_bytes: int | None, device: str) -> Plan:
@@ -365,6 +368,7 @@ class _Tally:
                 self.notices.append(message)
 
 
+@cache  # a look-up leaves a few objects behind each time
 def version() -> str:
     """The installed version; a source tree on the path that is not installed has none."""
     try:

@@ -26,8 +26,8 @@ def test_each_stage_has_its_own_seconds_and_order() -> None:
     text, denoise, decode = meter.finish()
     assert [use.stage for use in (text, denoise, decode)] == ["text", "denoise", "decode"]
     assert 0.05 <= denoise.elapsed_s < 1
-    assert text.elapsed_s < 0.05
-    assert decode.elapsed_s < 0.05
+    assert text.elapsed_s < denoise.elapsed_s
+    assert decode.elapsed_s < denoise.elapsed_s
 
 
 @resets_peak

@@ -53,14 +53,25 @@ def condition_on(
     frame = image[None, :, None]  # [1, 3, 1, H, W]
     if task == "ti2v":
         return Condition(first_frame=vae.encode(frame, tile_px=tile_px))
-    # The frames to come are zeros: mid grey in pixels, not black, and not zero latents.
-    clip = F.pad(frame, (0, 0, 0, 0, 0, geometry.num_frames - 1))
-    latents = vae.encode(clip, tile_px=tile_px)
+    latents = vae.encode(_grey_after(frame, geometry.num_frames), tile_px=tile_px)
     # One channel for each pixel frame of a latent frame, 1 where the frame is given. The first
     # latent frame stands for one pixel frame, counted four times.
     given = torch.zeros(1, vae.spec.stride_frames, *latents.shape[2:], device=latents.device)
     given[:, :, 0] = 1
     return Condition(channels=torch.cat([given, latents], dim=1))
+
+
+def _grey_after(frame: Tensor, num_frames: int) -> Tensor:
+    """A clip [1, 3, F, H, W] of the frame and grey ones, on the frame's device.
+
+    Grey is zero: mid grey in pixels, not black, and not zero latents. On the host numpy asks the
+    kernel for its zeros, which takes no memory for pages that are only read.
+    """
+    shape = (*frame.shape[:2], num_frames, *frame.shape[3:])
+    on_host = frame.device.type == "cpu"
+    clip = torch.from_numpy(np.zeros(shape, np.float32)) if on_host else frame.new_zeros(shape)
+    clip[:, :, :1] = frame
+    return clip
 
 
 def check_channels(spec: ModelSpec) -> None:

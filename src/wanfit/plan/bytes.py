@@ -198,8 +198,18 @@ def image_device(shape: Shape, tile_px: int | None) -> Mapping[str, int]:
 
 
 def image_host(shape: Shape) -> Mapping[str, int]:
-    """The picture, decoded and in fp32; for I2V the clip around it, before it moves."""
-    return {"picture": 3 * shape.request.width * shape.request.height * (1 + 2 * FP32_BYTES)}
+    """The picture, decoded and in fp32; for I2V again as the first frame of a clip.
+
+    The clip's other frames are the kernel's zeros, which take nothing; but as many frames as the
+    encoder sees at a time are laid side by side on their way to the device.
+    """
+    request = shape.request
+    frame = 3 * request.width * request.height
+    parts = {"picture": frame * (1 + 2 * FP32_BYTES)}
+    if request.spec.task == "i2v":
+        passing = min(request.num_frames, request.spec.vae.stride_frames)
+        parts["frames"] = passing * frame * FP32_BYTES
+    return parts
 
 
 def decode_host(shape: Shape, tile_px: int | None, device: str) -> Mapping[str, int]:

@@ -177,6 +177,7 @@ def host_parts(
 ) -> dict[str, int]:
     """All host bytes of one stage; on the CPU device its tensors lie there too."""
     base = costs.HOST_BASE_CPU_BYTES if case.device == "cpu" else costs.HOST_BASE_CUDA_BYTES
+    base = max(base, case.machine.process_bytes)
     parts = {"process": base, "ring": ring.num_bytes, "registered": registered, **extra}
     if case.device == "cpu":
         parts |= {name: parts.get(name, 0) + size for name, size in device.items()}

@@ -14,6 +14,7 @@ import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class Machine:
     locked_limit_bytes: int | None  # RLIMIT_MEMLOCK; None: none. CUDA's pinning is not bound by it
     pinned_limit_bytes: int | None  # the most that CUDA may register; None: RAM alone bounds it
     num_cores: int  # that this process may use
+    process_bytes: int = 0  # RAM that the process which will run the clip holds already
 
 
 def read_machine(*, root: Path = Path("/"), weights: Path | None = None) -> Machine:
@@ -81,6 +83,15 @@ def read_machine(*, root: Path = Path("/"), weights: Path | None = None) -> Mach
         pinned_limit_bytes=limit // 2 if _is_wsl(root) else None,
         num_cores=_read_cores(root),
     )
+
+
+def own_bytes(*, root: Path = Path("/")) -> int:
+    """RAM that this process holds; 0 where the kernel does not say.
+
+    A process that has made clips holds more than a new one: what its libraries loaded for shapes
+    that they had not seen before. A plan made in it counts that.
+    """
+    return _fields(root / "proc/self/status").get("VmRSS", 0) * _KIB
 
 
 def catalogue_machine(card: Card, *, ram_bytes: int | None = None) -> Machine:
@@ -131,7 +142,12 @@ def machine_from_json(fields: Mapping[str, Any]) -> Machine:
         rates += [machine.bf16_flops, machine.memory_bytes_per_s]
     if not all(0 < rate < math.inf for rate in rates):
         raise BadOption("A machine's rates are above 0 and finite, and one is not")
-    amounts = (machine.vram_free_bytes, machine.ram_available_bytes, machine.num_cores - 1)
+    amounts = (
+        machine.vram_free_bytes,
+        machine.ram_available_bytes,
+        machine.process_bytes,
+        machine.num_cores - 1,
+    )
     if min(amounts) < 0:
         raise BadOption("A machine has a core at least and no fewer than 0 bytes free")
     return machine
@@ -168,16 +184,19 @@ def _read_gpu() -> dict[str, Any]:
     import pynvml  # type: ignore[import-untyped]
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return _no_gpu()
-    try:
+        _begin_nvml()
         handle = _first_visible(pynvml)
         return _no_gpu() if handle is None else _describe_gpu(pynvml, handle)
     except pynvml.NVMLError:
         return _no_gpu()
-    finally:
-        pynvml.nvmlShutdown()
+
+
+@cache
+def _begin_nvml() -> None:
+    """Once per process, and never ended: a warm process reads its machine before every clip."""
+    import pynvml
+
+    pynvml.nvmlInit()
 
 
 def _first_visible(nvml: Any) -> Any:

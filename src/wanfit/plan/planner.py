@@ -94,7 +94,9 @@ def make_case(
     chosen = _device(machine, device)
     running = _precision(precision, weights_precision, chosen)
     free_vram = int(machine.vram_free_bytes * (1 - VRAM_RESERVE_SHARE))
-    free_ram = int(machine.ram_available_bytes * (1 - RAM_RESERVE_SHARE))
+    # A budget is for all that the process holds, so what it holds already is not lost to it.
+    may_hold = machine.ram_available_bytes + machine.process_bytes
+    free_ram = int(may_hold * (1 - RAM_RESERVE_SHARE))
     return Case(
         shape=shape_of(request, running, with_image=with_image),
         machine=machine,
