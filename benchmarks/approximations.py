@@ -4,7 +4,7 @@
         [--plot FILE.png]
 
 Each mode that the engine has makes the same clips as the exact one, fp32 at the model's default
-steps in one piece: PSNR against it, the mean of all frames of all clips and the worst single frame;
+steps in one piece: PSNR against it, the mean over all frames of all clips and the worst of them;
 what the analyser reads in the clips, as `benchmarks.demo_quality` counts it; and seconds a clip,
 relative to the exact mode's, on a GPU alone, where nobody else works. PSNR says how far a picture
 moved, the shares whether it still shows what was asked: fewer steps move it a lot and may change
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import platform
 import shlex
 import sys
@@ -109,8 +108,7 @@ def compare(name: str, made: Sequence[Outcome], exact: Sequence[Outcome], *, tim
     seconds = [median(o.elapsed_s for o in outcomes) for outcomes in (made, exact)]
     return Row(
         name=name,
-        # Of the errors, not of the decibels: equal frames would count for 99 of them.
-        mean_db=None if itself else -10 * math.log10(mean(10 ** (-db / 10) for db in by_frame)),
+        mean_db=None if itself else mean(by_frame),
         worst_db=None if itself else min(by_frame),
         right={name: 100 * sum(values) / max(1, len(values)) for name, values in marks.items()},
         relative_s=seconds[0] / seconds[1] if timed else None,
