@@ -120,7 +120,8 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
             f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    held = own_bytes() - (depot.registered_bytes if depot else 0)
+    kept = depot.registered_bytes + depot.ring_bytes if depot else 0
+    held = own_bytes() - kept
     machine = replace(read_machine(weights=model.path), process_bytes=max(0, held))
     ram_bytes = _budget(ram, "ram")
 
