@@ -118,7 +118,8 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
-    held = own_bytes() - (depot.registered_bytes if depot else 0)
+    kept = depot.registered_bytes + depot.ring_bytes if depot else 0
+    held = own_bytes() - kept
 
     def machine(weights: Path) -> Machine:
         return replace(read_machine(weights=weights), process_bytes=max(0, held))
