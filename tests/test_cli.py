@@ -26,7 +26,15 @@ from PIL import Image
 from tests import cpu_time
 from tests.test_media import png_header
 from wanfit import cli, errors, service
-from wanfit.errors import BadRequest, DownloadFailed, NoRoom, WanfitError, WeightsError
+from wanfit.errors import (
+    BadRequest,
+    DownloadFailed,
+    JobsError,
+    NoRoom,
+    StoreFailed,
+    WanfitError,
+    WeightsError,
+)
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
 from wanfit.specs import MODELS
 
@@ -416,6 +424,7 @@ class TestExitCodes:
         assert errors.BadSize in leaves(WanfitError)
         for leaf in leaves(WanfitError):
             codes = {BadRequest: 2, NoRoom: 3, WeightsError: 4, DownloadFailed: 6}
+            codes |= {StoreFailed: 7, JobsError: 1}
             (branch,) = set(codes) & set(leaf.__mro__)
             code = codes[branch]
             assert cli.exit_code(leaf("message")) == code

@@ -12,7 +12,9 @@ from wanfit.errors import (
     BadRequest,
     BadSize,
     DownloadFailed,
+    JobsError,
     NoRoom,
+    StoreFailed,
     WanfitError,
     WeightsError,
 )
@@ -45,7 +47,7 @@ def test_every_class_has_a_code_of_its_own_and_says_when_it_happens() -> None:
 
 def test_every_leaf_is_one_of_the_kinds_that_the_edges_map() -> None:
     assert len(LEAVES) >= 12
-    kinds = (BadRequest, WeightsError, NoRoom, DownloadFailed)
+    kinds = (BadRequest, WeightsError, NoRoom, DownloadFailed, StoreFailed, JobsError)
     assert all(sum(issubclass(leaf, kind) for kind in kinds) == 1 for leaf in LEAVES)
 
 

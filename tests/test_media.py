@@ -10,7 +10,10 @@ import signal
 import struct
 import subprocess
 import sys
+import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -28,11 +31,14 @@ from PIL import Image
 from wanfit.errors import BadImage, BadOutput
 from wanfit.media import (
     MAX_IMAGE_BYTES,
+    UPLOAD_LIMITS,
     ContactSheet,
     VideoWriter,
     check_output,
     check_sheet,
+    image_kind,
     read_image,
+    read_upload,
 )
 from wanfit.media.sheet import SHEET_GAP_PX as GAP
 
@@ -480,6 +486,19 @@ class TestReadImage:
             read_image(tmp_path / "two\nlines.png")
         assert "\n" not in str(raised.value)
 
+    def test_a_png_cannot_unpack_its_notes_without_end(self) -> None:
+        """A compressed text chunk of 20 kB that would become 20 MB: Pillow stops at 1 MB."""
+        text = b"note\0\0" + zlib.compress(b"\0" * 20_000_000)
+        whole = encoded(PHOTO, "PNG")
+        chunk = struct.pack(">I", len(text)) + b"zTXt" + text
+        chunk += struct.pack(">I", zlib.crc32(b"zTXt" + text))
+        tracemalloc.start()
+        with suppress(BadImage):
+            read_upload(whole[:33] + chunk + whole[33:])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 8_000_000
+
     @settings(max_examples=200, deadline=None)
     @given(st.sampled_from(KINDS), st.data())
     def test_damaged_bytes_give_a_picture_or_bad_image(
@@ -490,6 +509,51 @@ class TestReadImage:
             small[data.draw(st.integers(0, len(small) - 1))] = data.draw(st.integers(0, 255))
         with suppress(BadImage):
             assert read_image(bytes(small)).mode == "RGB"
+
+
+class TestReadUpload:
+    """What strangers send has narrower limits than a file of one's own."""
+
+    @pytest.mark.parametrize("kind", UPLOAD_LIMITS.formats)
+    def test_what_browsers_send_is_read_and_known_by_its_first_bytes(self, kind: str) -> None:
+        data = encoded(PHOTO, kind)
+        assert image_kind(data[:12]) == kind
+        assert read_upload(data).size == PHOTO.size
+
+    @pytest.mark.parametrize("kind", sorted({*KINDS} - {*UPLOAD_LIMITS.formats}))
+    def test_other_decoders_never_see_the_bytes(self, kind: str) -> None:
+        data = encoded(PHOTO, kind)
+        assert image_kind(data[:12]) is None
+        with pytest.raises(BadImage, match="PNG, JPEG, WEBP"):
+            read_upload(data)
+
+    def test_too_many_pixels_or_bytes_are_refused_undecoded(self) -> None:
+        with pytest.raises(BadImage, match=r"7000x7000 pixels, over the limit of 40000000"):
+            read_upload(png_header(7000, 7000))
+        with pytest.raises(BadImage, match="over the limit of 20971520"):
+            read_upload(bytes(UPLOAD_LIMITS.max_bytes + 1))
+
+    @pytest.mark.parametrize("kind", UPLOAD_LIMITS.formats)
+    def test_truncated_ones_are_refused(self, kind: str) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        data = encoded(Image.fromarray(noise), kind)
+        with pytest.raises(BadImage, match="cannot be read"):
+            read_upload(data[: len(data) * 3 // 4])
+
+    def test_upright_and_the_first_of_an_animation(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90 degrees
+        assert read_upload(encoded(PHOTO, "JPEG", exif=exif)).size == PHOTO.size[::-1]
+        second = Image.new("RGB", PHOTO.size, "red")
+        moving = encoded(PHOTO, "WEBP", save_all=True, append_images=[second], lossless=True)
+        assert psnr_db(np.asarray(read_upload(moving)), np.asarray(PHOTO)) > 30
+
+    def test_threads_that_send_at_once_leave_the_warnings_as_they_were(self) -> None:
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            sizes = set(pool.map(lambda _: read_upload(encoded(PHOTO, "PNG")).size, range(64)))
+        assert sizes == {PHOTO.size}
+        assert list(warnings.filters) == before
 
 
 class TestContactSheet:

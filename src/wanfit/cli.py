@@ -22,13 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from wanfit.commands import Interrupted, checkpoints, say_json
-from wanfit.errors import BadRequest, DownloadFailed, NoRoom, WanfitError, WeightsError
+from wanfit.errors import (
+    BadRequest,
+    DownloadFailed,
+    NoRoom,
+    StoreFailed,
+    WanfitError,
+    WeightsError,
+)
 
 if TYPE_CHECKING:
     from wanfit.report import Report
 
 EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS = 1, 2, 3, 4
-EXIT_INTERRUPTED, EXIT_DOWNLOAD = 5, 6
+EXIT_INTERRUPTED, EXIT_DOWNLOAD, EXIT_STORE = 5, 6, 7
 TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -93,6 +100,8 @@ def exit_code(error: WanfitError) -> int:
             return EXIT_WEIGHTS
         case DownloadFailed():
             return EXIT_DOWNLOAD
+        case StoreFailed():
+            return EXIT_STORE
         case _:
             return EXIT_OUR_FAULT
 

@@ -8,7 +8,15 @@ are imported where they are used, because the command line must start in millise
 """
 
 from wanfit.media.clips import VideoWriter
-from wanfit.media.images import IMAGE_FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PX, read_image
+from wanfit.media.images import (
+    IMAGE_FORMATS,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PX,
+    UPLOAD_LIMITS,
+    image_kind,
+    read_image,
+    read_upload,
+)
 from wanfit.media.places import Output, check_output, check_sheet
 from wanfit.media.sheet import ContactSheet
 
@@ -16,10 +24,13 @@ __all__ = [
     "IMAGE_FORMATS",
     "MAX_IMAGE_BYTES",
     "MAX_IMAGE_PX",
+    "UPLOAD_LIMITS",
     "ContactSheet",
     "Output",
     "VideoWriter",
     "check_output",
     "check_sheet",
+    "image_kind",
     "read_image",
+    "read_upload",
 ]

@@ -46,18 +46,20 @@ class ContactSheet:
 
     def write(self, path: Path) -> None:
         """Writes the sheet as a PNG, atomically. Raises BadOutput."""
-        assert self._tiles, "a sheet shows at least one frame"
+        sheet = self.picture()
         with write_errors(path):
             part = Part(path)
             try:
-                self._draw().save(part.path, format="PNG")
+                sheet.save(part.path, format="PNG")
                 part.commit()
             finally:
                 part.discard()
 
-    def _draw(self) -> Image.Image:
+    def picture(self) -> Image.Image:
+        """The sheet itself."""
         from PIL import Image
 
+        assert self._tiles, "a sheet shows at least one frame"
         width, height = self._tiles[0].size
         columns = min(len(self._tiles), SHEET_COLUMNS)
         rows = -(-len(self._tiles) // columns)
