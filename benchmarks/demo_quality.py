@@ -63,6 +63,7 @@ from wanfit.engine.weights.files import ModelFiles
 from wanfit.engine.weights.locate import locate
 from wanfit.events import FramesReady
 from wanfit.plan.machine import read_machine
+from wanfit.plan.plan import Precision
 from wanfit.plan.planner import make_plan
 from wanfit.request import VideoRequest, resolve
 from wanfit.specs import DEMO, DEMO_I2V, DEMO_T2V, Expert, ModelSpec
@@ -150,12 +151,14 @@ class Settings:
     weights: Path | None
     experts: tuple[Expert, ...] | None  # who stands for each of the model's
     device: str
-    precision: str
+    precision: Precision
     size: tuple[int, int]  # (width, height), px
     frames: int
     steps: int | None
     guidance: float | None
     keep_frames: bool  # for sheets
+    guidance_low: float | None = None  # below the boundary
+    tile_px: int | None = None  # of the autoencoder; None: as the planner says
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,6 +239,7 @@ class Maker:
             "seed": task.seed,
             "num_inference_steps": settings.steps,
             "guidance": settings.guidance,
+            "guidance_low": settings.guidance_low,
         }
         request = resolve(
             VideoRequest.parse(fields), settings.spec, image_size=image.size if image else None
@@ -244,9 +248,12 @@ class Maker:
             request,
             self.machine,
             with_image=image is not None,
-            precision="bf16" if settings.precision == "bf16" else "fp32",
+            weights_precision=self.files.precision,
+            precision=settings.precision,
             device="cuda" if self.depot.device.type == "cuda" else "cpu",
         )
+        if settings.tile_px is not None:
+            plan = replace(plan, cuts=replace(plan.cuts, vae_tile_px=settings.tile_px))
         events = generate_frames(plan, self.files, image, self.depot)
         chunks = [event.frames for event in events if isinstance(event, FramesReady)]
         return np.concatenate(chunks)

@@ -21,7 +21,9 @@ from training.optim import Optimizer
 SHARD_BYTES = 15 * 2**20  # the machines that we train on return files of 16 MiB at most
 
 
-def save(directory: Path, tensors: Mapping[str, Tensor], *, prefix: str, note: object = None) -> None:
+def save(
+    directory: Path, tensors: Mapping[str, Tensor], *, prefix: str, note: object = None
+) -> None:
     """Writes `prefix-0.safetensors`, `prefix-1...` and then `prefix.json`, which names them."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]

@@ -7,7 +7,8 @@ trains eagerly until another process has compiled its step and takes over; `trai
 beside both and waits for the autoencoder. RUN/kept holds what is worth bringing home: at most six
 files of about 9 MB in bf16 (vae, dense, t2v-high, t2v-low, i2v-high, i2v-low), each whole at any
 time. RUN/log.txt is the log of all. A sitting with such files goes on from them: copy them into
-RUN/kept first. An autoencoder that is there is not trained again, unless --vae-share says so.
+RUN/kept first. An autoencoder that is there is not trained again, unless --vae-share says so, with
+--decoder-only if the transformers are to keep their latents.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Crew:
         self.log.close()
 
 
-def train_vae(crew: Crew, until: float, *, compile_beside: bool) -> None:
+def train_vae(crew: Crew, until: float, *, compile_beside: bool, decoder_only: bool) -> None:
     """Trains the autoencoder until then, the first part of the time without the compiler."""
-    base = ("--model=demo-t2v",)
+    base = ["--model=demo-t2v"] + ["--decoder-only"] * decoder_only
     taker = crew.start("train_vae", until, *base, "--take-over") if compile_beside else None
     eager = crew.start("train_vae", until, *base, "--eager", "--hand-over")
     code = eager.wait()
@@ -95,7 +96,8 @@ def main() -> None:
         experts = crew.start("train_experts", crew.until, *options)
         if share > 0:
             until = time.time() + share * (crew.until - time.time())
-            train_vae(crew, until, compile_beside=args.device != "cpu")
+            beside = args.device != "cpu"
+            train_vae(crew, until, compile_beside=beside, decoder_only=args.decoder_only)
             crew.say("the autoencoder is done")
         if experts.wait():
             crew.say(f"train_experts ended with {experts.returncode}; once more without compiling")
@@ -112,6 +114,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--run", type=Path, required=True)
     options.add_argument("--minutes", type=float, required=True, help="all in all")
     options.add_argument("--vae-share", type=float, help="of the time; default 0.4, or 0 if kept")
+    options.add_argument(
+        "--decoder-only", action="store_true", help="of a kept autoencoder: the latents stay"
+    )
     options.add_argument("--stages", nargs="+", default=DEFAULT_STAGES.split())
     options.add_argument("--evaluate", type=int, default=48, help="clips per line at the end")
     options.add_argument("--seed", type=int, default=0)

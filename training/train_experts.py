@@ -114,7 +114,9 @@ def main() -> None:
         time.sleep(0.1)
     vae = lay_out(Vae(DEMO_I2V.vae).to(device).requires_grad_(False))
     vae.load_state_dict(checkpoint.load(args.run, "vae", device)[0])
-    generator = torch.Generator(device).manual_seed(args.seed + 1)
+    # Other clips than in the sittings before.
+    done_s = sum(trained_s(args.keep, stage.name) for stage in STAGES)
+    generator = torch.Generator(device).manual_seed(args.seed + 1 + int(done_s))
     pools = {view: Pool(DEMO_I2V, view, vae, generator) for view in views}
     print(f"pools ready after {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -161,11 +163,9 @@ def run_stage(
     """Trains one network from its own file, else its parent's, else from nothing, and keeps it."""
     names = [name for name in (stage.name, stage.parent) if name]
     found = next((name for name in names if checkpoint.exists(args.keep, name)), None)
-    done_s, weights = 0.0, dict(fresh)
+    done_s, weights = trained_s(args.keep, stage.name), dict(fresh)
     if found is not None:
-        weights, note = checkpoint.load(args.keep, found, trainer.device)
-        assert isinstance(note, dict)
-        done_s = float(note["trained_s"]) if found == stage.name else 0.0
+        weights, _ = checkpoint.load(args.keep, found, trainer.device)
     origin = f"from {found or 'nothing'}, {done_s:.0f} s done"
     print(f"{stage.name}: {seconds:.0f} s, {origin}", flush=True)
     trainer.begin_with(with_channels(weights, DEMO_I2V.dit.in_channels))
@@ -176,9 +176,18 @@ def run_stage(
         checkpoint.save_bf16(args.keep, averaged, prefix=stage.name, note=note)
 
     # A sitting that goes on begins at its own rate again: `--of-minutes` cannot span stages.
-    trained_s = train(trainer, pools, stage.lesson, args.seed, Timing(seconds, 0.0, seconds), keep)
-    keep(trained_s)
+    taught_s = train(trainer, pools, stage.lesson, args.seed, Timing(seconds, 0.0, seconds), keep)
+    keep(taught_s)
     print(f"{stage.name}: kept after {int(trainer.optimizer.steps)} steps", flush=True)
+
+
+def trained_s(directory: Path, name: str) -> float:
+    """Seconds that a kept network was trained itself; 0 where there is none."""
+    if not checkpoint.exists(directory, name):
+        return 0.0
+    note = checkpoint.load(directory, name, torch.device("cpu"))[1]
+    assert isinstance(note, dict)
+    return float(note["trained_s"])
 
 
 def report(args: argparse.Namespace, umt5: Umt5, vae: Vae) -> None:

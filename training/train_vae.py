@@ -341,13 +341,14 @@ def train(trainer: Trainer, done_s: float, args: argparse.Namespace) -> None:
 def finished(trainer: Trainer, decoder_only: bool) -> tuple[Vae, float, float]:
     """The averaged network, its latents normalised, and its PSNR before and after that."""
     vae = averaged(trainer)
-    # Shapes seen once: trying all of cuDNN's algorithms would take longer than they do.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
-        before = held_out_psnr(vae, trainer.device)
-        if decoder_only:
-            return vae, before, before
+    searching = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # longer than the few passes of these shapes take
+    before = after = held_out_psnr(vae, trainer.device)
+    if not decoder_only:
         fold_statistics(vae, trainer.device)
-        return vae, before, held_out_psnr(vae, trainer.device)
+        after = held_out_psnr(vae, trainer.device)
+    torch.backends.cudnn.benchmark = searching
+    return vae, before, after
 
 
 def keep(vae: Vae, directory: Path, note: object) -> None:

@@ -121,6 +121,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
+    kept_bytes = depot.registered_bytes + depot.ring_bytes if depot else 0
     planned = plan_request(
         resolved,
         with_image=picture is not None,
@@ -129,7 +130,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
         precision=precision,
         vram=vram,
         ram=ram,
-        held_bytes=own_bytes() - (depot.registered_bytes if depot else 0),
+        held_bytes=own_bytes() - kept_bytes,
     )
     order = _Order(
         plan=planned.plan,

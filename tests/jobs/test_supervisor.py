@@ -322,6 +322,22 @@ class TestKeeping:
             wait_for(lambda: server.supervisor.status()[0].state == "idle")
             only_files_of(server)
 
+    @pytest.mark.parametrize("error", [DiskFull("full"), ValueError("no video in it")])
+    def test_a_clip_that_is_lost_before_it_is_kept_is_made_again(
+        self, disk_store: JobStore, tmp_path: Path, error: Exception
+    ) -> None:
+        class Losing(Awkward):
+            def keep(self, file: Path, **options: Any) -> Kept:
+                if self.failures:
+                    file.unlink()
+                return super().keep(file, **options)
+
+        outputs = Losing(tmp_path / "out", [error])
+        with running_server(disk_store, tmp_path, outputs=outputs) as server:
+            done = server.wait(server.submit("make"))
+            assert (done.state, done.attempts) == ("completed", 2)
+            only_files_of(server, done)
+
     def test_a_full_disk_sends_the_job_back_and_not_away(self, server: Server) -> None:
         done = server.wait(server.submit("full once"))
         assert (done.state, done.attempts) == ("completed", 2)

@@ -55,7 +55,7 @@ class Failure:
 
     worker_killed, worker_crashed, worker_hung: the GPU process ended under it too often.
     timed_out: an attempt took longer than `timeout_s`. attempts_exhausted: every attempt was lost.
-    internal_error: a fault of wanfit. output_lost: finished, but its files could not be kept.
+    internal_error, gpu_error: a fault of wanfit, or of CUDA. output_lost: made, and not kept.
     """
 
     code: str

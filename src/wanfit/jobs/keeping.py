@@ -6,8 +6,8 @@
     the notice is sent                        whoever empties the outbox
 
 Killed anywhere in between, the job has either no result and runs again, or has it: reconciliation
-completes a job whose clip was kept already. A store that does not answer is asked again for as long
-as the job holds its lease; the clip waits in its draft.
+completes a job whose clip was kept already. A store that does not answer is asked again while the
+clip waits in its draft and the job holds its lease. A draft that was lost is made again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wanfit.errors import StaleLease, StoreFailed, WanfitError
+from wanfit.errors import DiskFull, StaleLease, StoreFailed, WanfitError
 from wanfit.jobs.attempt import Attempt
 from wanfit.jobs.crash_point import crash_point
 from wanfit.jobs.job import Failure, Job
@@ -68,7 +68,9 @@ class Keeper:
             case Kept():
                 job = self._commit(lambda: self._store.complete(claim, kept, report))
             case Failure():
-                return self._commit(lambda: self._store.fail(claim, kept))
+                return self._commit(lambda: self._store.crashed(claim, kept, blame=True))
+            case DiskFull():
+                return self._commit(lambda: self._store.give_back(claim, "The disk is full"))
             case None if attempt.stop == "cancelled":
                 job = self._commit(lambda: self._store.cancelled(claim))
             case None if must_drain():
@@ -89,8 +91,8 @@ class Keeper:
         *,
         patience_s: float,
         must_drain: Callable[[], bool],
-    ) -> Kept | Failure | None:
-        """None: nobody wants it any more, or the server ends."""
+    ) -> Kept | Failure | DiskFull | None:
+        """None: nobody wants it any more, or the server ends. Else why it has to be made again."""
         claim = attempt.claim
         # What the process wrote to is a draft; who asks wants to know what it is kept by.
         report["output"] = key_of(claim.job.id, claim.lease)
@@ -109,6 +111,8 @@ class Keeper:
                 return _result(future, attempt)
             except (WanfitError, OSError) as error:
                 log.warning("job %s: the clip is not kept yet: %s", claim.job.id, error)
+                if not draft.is_file() and isinstance(error, DiskFull):
+                    return error
                 if not draft.is_file():
                     text = "The clip was made, and its file was lost before it was kept"
                     return Failure("output_lost", text)

@@ -81,9 +81,12 @@ class Supervisor:
         self._forget()
         for worker in self._workers:
             worker.drain(grace_s)
-        for worker in self._workers:
-            worker.join(grace_s + 2 * LAST_WRITES_S)
-        self._upkeep.join(LAST_WRITES_S)
+        for thread, patience_s in (
+            *((worker, grace_s + 2 * LAST_WRITES_S) for worker in self._workers),
+            (self._upkeep, LAST_WRITES_S),
+        ):
+            if thread.is_alive():
+                thread.join(patience_s)
 
     def nudge(self) -> None:
         """There may be a job."""

@@ -36,7 +36,7 @@ class AttemptEnded:
     """An attempt ended without a final state: the job is in the queue again."""
 
     job: Job
-    why: str  # a code of Failure, "drained", "no_room" or "stale"
+    why: str  # a code of Failure, or "drained", "no_room", "not_kept", "stale"
 
 
 @dataclass(frozen=True, slots=True)

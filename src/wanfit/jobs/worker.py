@@ -7,7 +7,6 @@ settled here, from the outcome of its attempt.
 from __future__ import annotations
 
 import logging
-import mmap
 import shutil
 import threading
 import time
@@ -26,7 +25,6 @@ from wanfit.jobs.attempt import (
     Stopped,
 )
 from wanfit.jobs.crash_point import crash_point
-from wanfit.jobs.endings import ending_of, oom_kills
 from wanfit.jobs.job import Claim, Failure, Job
 from wanfit.jobs.keeping import Keeper, persistently
 from wanfit.jobs.liveness import worker_name
@@ -36,17 +34,16 @@ from wanfit.jobs.telemetry import (
     AttemptEnded,
     JobEnded,
     Observe,
-    ProcessEnded,
     WorkerState,
     WorkerStatus,
 )
+from wanfit.jobs.warm import WarmProcess, nap
 from wanfit.jobs.wire import Engine
 from wanfit.outputs import OutputStore
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.5  # ours: how late a job is seen that another process accepted
 ROOM_S = 2.0  # ours: between looks at a full disk
-START_WAITS_S = (0.0, 1.0, 5.0, 15.0, 30.0)  # ours: before another try of a process that fails
 LAST_WRITES_S = 10.0  # ours: after the grace, for the database to take what is settled
 
 
@@ -70,20 +67,19 @@ class Worker(threading.Thread):
         self._slot = slot
         self._store = store
         self._outputs = outputs
-        self._engine = engine
-        self._log_path = log_path
         self._observe = observe
         self._patience = patience
-        self._module = module
         self._wake = threading.Event()
         self._drain_s: float | None = None  # when, by the monotonic clock, the grace is over
-        self._process: GpuProcess | None = None
+        self._warm = WarmProcess(
+            lambda: GpuProcess(engine, log_path, module),
+            ready_s=patience.ready_s,
+            observe=observe,
+            ends=self._draining,
+        )
         self._keeper = Keeper(store, outputs, self._commit)
-        self._state: WorkerState = "starting"
+        self._state: WorkerState = "idle"
         self._job_id: str | None = None
-        self._restarts = 0
-        self._failed_starts = 0
-        self._last_end: str | None = None
 
     def nudge(self) -> None:
         """There may be a job."""
@@ -95,17 +91,16 @@ class Worker(threading.Thread):
         self._wake.set()
 
     def status(self) -> WorkerStatus:
-        process = self._process
-        alive = process is not None and process.returncode is None
+        warm = self._warm
         return WorkerStatus(
             slot=self._slot,
-            state=self._state,
-            pid=process.pid if process is not None and alive else None,
-            device=process.device if process is not None else None,
+            state=warm.trouble or self._state,
+            pid=warm.pid,
+            device=warm.device,
             job_id=self._job_id,
-            restarts=self._restarts,
-            last_end=self._last_end,
-            rss_bytes=_rss_bytes(process.pid) if process is not None and alive else None,
+            restarts=warm.restarts,
+            last_end=warm.last_end,
+            rss_bytes=warm.rss_bytes,
         )
 
     def run(self) -> None:
@@ -121,13 +116,12 @@ class Worker(threading.Thread):
                     self._wait(ROOM_S)
         finally:
             self._keeper.close()
-            if self._process is not None:
-                self._process.close()
-            self._process, self._state = None, "stopped"
+            self._warm.close()
+            self._state = "stopped"
 
     def _turn(self) -> None:
         """One look for a job, and the job."""
-        process = self._warm_process()
+        process = self._warm.get()
         if process is None:
             return
         if not self.may_claim.is_set() or not self._has_room():
@@ -143,8 +137,7 @@ class Worker(threading.Thread):
             self._work(process, claim)
         finally:
             self._job_id = None
-            if process.is_over:
-                self._replace(process)
+            self._warm.look()
 
     def _work(self, process: GpuProcess, claim: Claim) -> None:
         must_drain = self._grace_is_over
@@ -182,14 +175,14 @@ class Worker(threading.Thread):
                     patience_s=self._patience.keep_s,
                     must_drain=self._grace_is_over,
                 )
-                why = "stale" if job is None else "drained"
+                why = "stale" if job is None else "not_kept"
             case Refused(failure):
                 job = self._commit(lambda: store.fail(claim, failure))
             case NoRoom(message):
                 self._state, why = "no_room", "no_room"
                 log.warning("job %s waits for room on the disk: %s", claim.job.id, message)
                 job = self._commit(lambda: store.give_back(claim, "The disk is full"))
-                self._sleep(ROOM_S)
+                nap(ROOM_S, self._draining)
             case Stopped("cancelled"):
                 job = self._commit(lambda: store.cancelled(claim))
             case Stopped("timed_out"):
@@ -200,7 +193,7 @@ class Worker(threading.Thread):
                 job = self._commit(lambda: store.give_back(claim, "The server was stopped"))
             case Died(ending):
                 why = ending.failure.code
-                self._note_end(ending.failure.code)
+                self._warm.note_end(ending.failure.code)
                 job = self._commit(lambda: store.crashed(claim, ending.failure, blame=ending.blame))
             case _:
                 why = "stale"
@@ -214,56 +207,6 @@ class Worker(threading.Thread):
         waited_s = None if started_s is None else started_s - job.created_s
         ran_s = None if started_s is None or ended_s is None else ended_s - started_s
         self._observe(JobEnded(job, waited_s, ran_s))
-
-    def _warm_process(self) -> GpuProcess | None:
-        """A process that is ready for a job; None while there is none yet."""
-        process = self._process
-        if process is not None and process.is_over:
-            kills = oom_kills()  # nothing ran, so the count says nothing here
-            ending = ending_of(process.wait(), None, (kills, kills))
-            self._note_end(ending.failure.code)
-            self._replace(process)
-        elif process is not None:
-            return process
-        self._state = "failing" if self._failed_starts else "starting"
-        waits = START_WAITS_S[min(self._failed_starts, len(START_WAITS_S) - 1)]
-        if self._failed_starts and self._sleep(waits):
-            return None
-        started = self._process = GpuProcess(self._engine, self._log_path, self._module)
-        if self._is_ready(started):
-            self._failed_starts = 0
-            self._state = "idle"
-            return started
-        started.kill()
-        self._process = None
-        if not self._draining():
-            self._failed_starts += 1
-            self._last_end = "start_failed"
-            log.error("the GPU process does not start:\n%s", started.last_lines())
-        return None
-
-    def _replace(self, process: GpuProcess) -> None:
-        """It is over; the next turn begins another."""
-        process.wait()
-        self._restarts += 1
-        self._process = None
-
-    def _is_ready(self, process: GpuProcess) -> bool:
-        until_s = time.monotonic() + self._patience.ready_s
-        while not self._draining() and time.monotonic() < until_s:
-            news = process.next_news(0.1)
-            if news is not None and news.kind == "ready":
-                return True
-            if news is None and process.is_over:
-                return False
-        return False
-
-    def _note_end(self, code: str) -> None:
-        self._last_end = code
-        self._observe(ProcessEnded(code))
-        if self._process is not None:
-            lines = self._process.last_lines()
-            log.warning("the GPU process ended (%s); it said last:\n%s", code, lines)
 
     def _has_room(self) -> bool:
         try:
@@ -292,13 +235,6 @@ class Worker(threading.Thread):
         self._wake.wait(seconds)
         self._wake.clear()
 
-    def _sleep(self, seconds: float) -> bool:
-        """However often it is nudged; whether the server ends."""
-        until_s = time.monotonic() + seconds
-        while not self._draining() and time.monotonic() < until_s:
-            time.sleep(0.1)
-        return self._draining()
-
 
 def _timed_out(job: Job) -> Failure:
     return Failure(
@@ -321,11 +257,3 @@ def _told(outcome: Outcome) -> str:
         case NoRoom():
             return "no room"
     return "made"
-
-
-def _rss_bytes(pid: int) -> int | None:
-    try:
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-    except OSError:
-        return None
-    return int(fields[1]) * mmap.PAGESIZE

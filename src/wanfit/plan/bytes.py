@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wanfit.events import Stage
 from wanfit.geometry import Geometry, geometry_of
 from wanfit.plan import vae
 from wanfit.plan.plan import Cuts, Precision
@@ -34,8 +35,12 @@ DECODE_GAPS: Mapping[str, float] = {"2.1": 0.16, "2.2": 0.42}
 # Interpreter, torch, CUDA's libraries and its context, resident: 1.63 to 1.73 GB once all have been
 # used; 1.2 GB before cuDNN's first convolution.
 HOST_BASE_CUDA_BYTES = 1_715_000_000
-# What a decoder adds to it: 0.01 to 0.02 GB, and 0.10 to 0.12 GB.
-HOST_DECODE_CUDA_BYTES: Mapping[str, int] = {"2.1": 15_000_000, "2.2": 110_000_000}
+# What the stages add to it. Calibrated on the same card, 2026-11-25, by 52 random clips: python -m
+# benchmarks.fit jobs. A transformer: 15 to 29 MB. An encoder on a clip (I2V), which stays: 20 MB.
+# A decoder: 36 to 43 MB, and 0.10 to 0.13 GB.
+HOST_DENOISE_CUDA_BYTES = 25_000_000
+HOST_ENCODE_CUDA_BYTES = 20_000_000
+HOST_DECODE_CUDA_BYTES: Mapping[str, int] = {"2.1": 40_000_000, "2.2": 128_000_000}
 # Measured on 2026-11-23 on 2 cores (torch 2.13, CPU build): `wanfit generate` of the demo peaks at
 # 418 MB of resident memory while decoding, 91 of them named below. The CUDA build has more.
 HOST_BASE_CPU_BYTES = 340_000_000
@@ -212,20 +217,34 @@ def image_host(shape: Shape) -> Mapping[str, int]:
     return parts
 
 
-def decode_host(shape: Shape, tile_px: int | None, device: str) -> Mapping[str, int]:
+def libraries_host(shape: Shape, stage: Stage, device: str) -> int:
+    """What the libraries of a GPU hold on the host for one stage, beside what all stages have."""
+    if device == "cpu":
+        return 0
+    is_clip = shape.with_image and shape.request.spec.task == "i2v"
+    encoder = HOST_ENCODE_CUDA_BYTES if is_clip else 0
+    match stage:
+        case "text":
+            return 0
+        case "image":
+            return encoder
+        case "denoise":
+            return HOST_DENOISE_CUDA_BYTES + encoder
+        case "decode":
+            return HOST_DECODE_CUDA_BYTES[shape.request.spec.vae.generation] + encoder
+
+
+def decode_host(shape: Shape, tile_px: int | None) -> Mapping[str, int]:
     """Frames on their way into the file, and the encoder."""
     request = shape.request
     px = request.width * request.height
     frames = vae.host_frames_bytes(
         request.spec.vae, request.width, request.height, request.num_frames, tile_px
     )
-    parts = {
+    return {
         "frames": frames,
         "video encoder": int(ENCODER_FRAMES * ENCODER_BYTES_PER_PX * px),
     }
-    if device != "cpu":
-        parts["decoder"] = HOST_DECODE_CUDA_BYTES[request.spec.vae.generation]
-    return parts
 
 
 def token_rows(shape: Shape, token_embed_bytes: int) -> int:

@@ -159,17 +159,24 @@ def active_experts(case: Case) -> tuple[Expert, ...]:
 
 def host_extra(case: Case, stage: Stage, tile_px: int | None) -> dict[str, int]:
     """Host bytes of one stage beside what all stages have."""
+    return {
+        **_host_tensors(case, stage, tile_px),
+        "libraries": costs.libraries_host(case.shape, stage, case.device),
+    }
+
+
+def _host_tensors(case: Case, stage: Stage, tile_px: int | None) -> Mapping[str, int]:
     shape = case.shape
     match stage:
         case "text":
             umt5 = umt5_units(shape.request.spec.umt5, shape.precision)
             return {"token rows": costs.token_rows(shape, umt5[TOKEN_EMBED])}
         case "image":
-            return dict(costs.image_host(shape))
+            return costs.image_host(shape)
         case "denoise":
             return {"noise": shape.latent_bytes}
         case "decode":
-            return dict(costs.decode_host(shape, tile_px, case.device))
+            return costs.decode_host(shape, tile_px)
 
 
 def host_parts(

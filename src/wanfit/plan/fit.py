@@ -136,11 +136,11 @@ def _vae_shortfall(case: Case, ring: Ring, tile_px: int | None) -> Shortfall | N
     shape = case.shape
     if shape.with_image:
         device = costs.image_device(shape, tile_px)
-        short = shortfall(case, ring, "image", device, costs.image_host(shape))
+        short = shortfall(case, ring, "image", device, host_extra(case, "image", tile_px))
         if short is not None:
             return short
     device = costs.decode_device(shape, tile_px)
-    return shortfall(case, ring, "decode", device, costs.decode_host(shape, tile_px, case.device))
+    return shortfall(case, ring, "decode", device, host_extra(case, "decode", tile_px))
 
 
 # --- the transformer ---------------------------------------------------------------------------

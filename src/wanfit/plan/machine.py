@@ -14,6 +14,7 @@ import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,13 +86,12 @@ def read_machine(*, root: Path = Path("/"), weights: Path | None = None) -> Mach
 
 
 def own_bytes(*, root: Path = Path("/")) -> int:
-    """RAM that this process holds, shared memory (a ring) aside; 0 where the kernel does not say.
+    """RAM that this process holds; 0 where the kernel does not say.
 
     A process that has made clips holds more than a new one: what its libraries loaded for shapes
     that they had not seen before. A plan made in it counts that.
     """
-    status = _fields(root / "proc/self/status")
-    return max(0, status.get("VmRSS", 0) - status.get("RssShmem", 0)) * _KIB
+    return _fields(root / "proc/self/status").get("VmRSS", 0) * _KIB
 
 
 def catalogue_machine(card: Card, *, ram_bytes: int | None = None) -> Machine:
@@ -184,16 +184,19 @@ def _read_gpu() -> dict[str, Any]:
     import pynvml  # type: ignore[import-untyped]
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return _no_gpu()
-    try:
+        _begin_nvml()
         handle = _first_visible(pynvml)
         return _no_gpu() if handle is None else _describe_gpu(pynvml, handle)
     except pynvml.NVMLError:
         return _no_gpu()
-    finally:
-        pynvml.nvmlShutdown()
+
+
+@cache
+def _begin_nvml() -> None:
+    """Once per process, and never ended: a warm process reads its machine before every clip."""
+    import pynvml
+
+    pynvml.nvmlInit()
 
 
 def _first_visible(nvml: Any) -> Any:
