@@ -121,16 +121,21 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     picture = None if image is None else read_image(image)
     resolved = resolve(request, spec, image_size=picture.size if picture else None)
     place = check_output(default_output(resolved) if output is None else output)
-    kept_bytes = depot.registered_bytes + depot.ring_bytes if depot else 0
+    kept = depot.registered_bytes + depot.ring_bytes if depot else 0
+    held = own_bytes() - kept
+
+    def machine(weights: Path) -> Machine:
+        return replace(read_machine(weights=weights), process_bytes=max(0, held))
+
     planned = plan_request(
         resolved,
+        machine,
         with_image=picture is not None,
         weights=weights,
         device=device,
         precision=precision,
         vram=vram,
         ram=ram,
-        held_bytes=own_bytes() - kept_bytes,
     )
     order = _Order(
         plan=planned.plan,
@@ -151,35 +156,32 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     return report
 
 
-def plan_request(  # noqa: PLR0913  as in `generate`
+def plan_request(
     resolved: ResolvedRequest,
+    machine: Callable[[Path], Machine],
     *,
     with_image: bool,
-    weights: str | Path | Located | None = None,
+    weights: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     vram: str | int | None = None,
     ram: str | int | None = None,
-    machine: Machine | None = None,
-    held_bytes: int = 0,
 ) -> Planned:
     """Finds the weights of a request and plans it, as `generate` does before it imports torch.
 
-    machine: the one to plan for, where the caller read it before; None: this one, as it is now.
-    held_bytes: what the process that will generate holds already, as `own_bytes` counts it.
-    The other options are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
+    machine: gives the one to plan for, once it is known where the weights lie. The other options
+    are those of `generate`. Raises BadOption, WeightsError or DoesNotFit.
     """
     device = _known_device(device)
     wanted = read_precision(precision)
-    model = weights if isinstance(weights, Located) else locate(resolved.spec, weights, wanted)
+    model = locate(resolved.spec, weights, wanted)
     stored = model.precision
     if wanted == "fp8" != stored:
         raise BadOption(
             f"precision is fp8, and the weights in {str(model.path)!r} are not",
             hint="wanfit convert --precision fp8 makes a store of them that is",
         )
-    place = machine or read_machine(weights=model.path)
-    place = replace(place, process_bytes=max(0, held_bytes))
+    place = machine(model.path)
     ram_bytes = _budget(ram, "ram")
 
     def plan_within(vram_bytes: int | None, device: str) -> Plan:

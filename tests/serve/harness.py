@@ -22,6 +22,7 @@ import uvicorn
 from wanfit.fetch import Guard, parse_allowed
 from wanfit.jobs.job import Failure, Job, Progress
 from wanfit.jobs.store import JobStore
+from wanfit.jobs.telemetry import WorkerStatus
 from wanfit.media import VideoWriter, check_output
 from wanfit.outputs import LocalOutputs, Retention
 from wanfit.serve.app import create_app
@@ -95,8 +96,13 @@ class Running:
 
 
 @contextmanager
-def running(directory: Path, **options: Any) -> Iterator[Running]:
-    """A server with these settings; with keys where `api_key` or the key file has one."""
+def running(
+    directory: Path, *, workers: tuple[WorkerStatus, ...] = (), **options: Any
+) -> Iterator[Running]:
+    """A server with these settings; with keys where `api_key` or the key file has one.
+
+    workers: what is said of GPU processes, of which there are none.
+    """
     settings = Settings(data=directory, port=0, **options)
     store = JobStore(settings.database_url)
     outputs = LocalOutputs(directory / "outputs", Retention(min_free_bytes=0, min_age_s=0))
@@ -116,7 +122,7 @@ def running(directory: Path, **options: Any) -> Iterator[Running]:
         outputs=outputs,
         links=Links(b"s" * 32, outputs, settings.url_s),
         metrics=Metrics(),
-        workers=tuple,
+        workers=lambda: workers,
     )
     keyring = Keyring(keys, settings.api_key, settings.limits)
     listener = socket.create_server((settings.host, 0))

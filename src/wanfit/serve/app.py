@@ -41,10 +41,10 @@ def create_app(hall: Hall, keyring: Keyring) -> ASGIApp:
     )
     app.state.hall = hall
     face = RunpodFace()
-    app.include_router(health.router)
-    app.include_router(own.router)
+    app.include_router(face.router())  # routes are tried in this order; this one is asked most
     app.include_router(videos.router)
-    app.include_router(face.router())
+    app.include_router(own.router)
+    app.include_router(health.router)
     app.include_router(_under_endpoint(face))
     for kind in (Problem, WanfitError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)

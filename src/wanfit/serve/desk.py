@@ -86,6 +86,14 @@ class Desk:
         that nobody has."""
         return await self.read(self.store.get, _checked(job_id), owner)
 
+    async def see(self, job_id: str, owner: str) -> tuple[Job, Outlook]:
+        """A job with its place in the queue, in one trip to the database's thread."""
+        return await self.read(self._see, _checked(job_id), owner)
+
+    def _see(self, job_id: str, owner: str) -> tuple[Job, Outlook]:
+        job = self.store.get(job_id, owner)
+        return job, self.store.outlook(job)
+
     async def outlook(self, job: Job) -> Outlook:
         return await self.read(self.store.outlook, job)
 

@@ -17,8 +17,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from wanfit.fetch import Guard, fetch_image
@@ -132,14 +133,23 @@ class Door:
         self._check_work(resolved, caller)
         planned = plan_request(
             resolved,
+            self._machine,
             with_image=image is not None,
             device=self._settings.device,
             precision=self._settings.precision,
             vram=self._settings.vram_bytes,
             ram=self._settings.ram_bytes,
-            machine=self.machine,
         )
         return Quote(resolved, planned.plan, image)
+
+    def _machine(self, weights: Path) -> Machine:
+        """This machine with the rates that are known by now, and the memory that was free before
+        the GPU process took its part: that part is what a plan is for."""
+        return replace(
+            read_machine(weights=weights),
+            vram_free_bytes=self.machine.vram_free_bytes,
+            ram_available_bytes=self.machine.ram_available_bytes,
+        )
 
     def _check_work(self, request: ResolvedRequest, caller: Caller) -> None:
         work = request.width * request.height * request.num_frames * request.num_inference_steps

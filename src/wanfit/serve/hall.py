@@ -58,6 +58,11 @@ class Hall:
         """The job with its place in the queue and the addresses of its files."""
         return seen(job, await self.desk.outlook(job), self.links, base_url)
 
+    async def see(self, request: Request, job_id: str) -> Seen:
+        """The caller's job of that id, as `look` has it. Raises NoSuchJob."""
+        job, outlook = await self.desk.see(job_id, caller_of(request).id)
+        return seen(job, outlook, self.links, self.base_url(request))
+
     async def find(self, request: Request, job_id: str) -> Job:
         """The caller's job of that id. Raises NoSuchJob: for another's, too."""
         return await self.desk.get(job_id, caller_of(request).id)

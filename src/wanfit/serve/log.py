@@ -15,3 +15,5 @@ def start_log() -> None:
     """For the whole process. Libraries are heard from warnings on."""
     logging.basicConfig(stream=sys.stderr, format=FORMAT, level=logging.WARNING)
     logging.getLogger("wanfit").setLevel(logging.INFO)
+    # It warns of every byte that a stranger's form has in the wrong place.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

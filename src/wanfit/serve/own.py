@@ -132,9 +132,7 @@ async def list_jobs(
 @router.get("/jobs/{job_id}", responses=_ERRORS | describe.answer(_JOB))
 async def status(request: Request, job_id: JobId) -> JSONResponse:
     """Everything that is known of a job."""
-    hall = hall_of(request)
-    job = await hall.find(request, job_id)
-    return JSONResponse(job_json(await hall.look(job, hall.base_url(request))))
+    return JSONResponse(job_json(await hall_of(request).see(request, job_id)))
 
 
 @router.get(

@@ -26,7 +26,7 @@ from wanfit.jobs.job import Notice
 from wanfit.jobs.store import JobStore
 from wanfit.jobs.supervisor import Supervisor
 from wanfit.jobs.wire import Engine
-from wanfit.outputs import LocalOutputs, OutputStore, Retention
+from wanfit.outputs import OutputStore, Retention, open_store
 from wanfit.serve.app import create_app
 from wanfit.serve.desk import Desk
 from wanfit.serve.door import Door
@@ -42,6 +42,7 @@ from wanfit.webhooks import Sender
 log = logging.getLogger("wanfit.serve")
 
 CLOSE_S = 3  # ours: for answers that are on their way when everything else has ended
+SWITCH_S = 0.0005  # ours: a thread may keep the interpreter for 5 ms else, and answers wait
 KEEP_ALIVE_S = 75  # ours: longer than the 60 s of proxies, which else send into a closed connection
 
 
@@ -68,6 +69,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=CLOSE_S,
         **protocol_options(),
     )
+    sys.setswitchinterval(SWITCH_S)
     try:
         _Server(config, parts).run(sockets=[listener])
     finally:
@@ -185,12 +187,16 @@ def _address(listener: socket.socket) -> str:
 
 
 def _outputs(settings: Settings) -> OutputStore:
-    retention = Retention(
-        max_age_s=settings.keep_s,
-        max_bytes=settings.keep_bytes,
-        min_free_bytes=settings.min_free_bytes,
+    return open_store(
+        settings.outputs_place,
+        spool=settings.data / "spool",
+        retention=Retention(
+            max_age_s=settings.keep_s,
+            max_bytes=settings.keep_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        ),
+        s3_endpoint=settings.s3_endpoint,
     )
-    return LocalOutputs(Path(settings.outputs_place).expanduser(), retention)
 
 
 def _make_private(directory: Path) -> None:

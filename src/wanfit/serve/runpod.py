@@ -36,6 +36,7 @@ DEFAULT_WAIT_MS, WAIT_RANGE_MS = 90_000, (1000, 300_000)  # RunPod's, of /runsyn
 MAX_RETRIES = 20  # ours: each is one more look-up at the end
 STREAM_WAIT_S = 2.0  # ours: how long /stream waits for something to tell
 MAX_CURSORS = 10_000  # ours: jobs whose streams are remembered
+RETRIABLE = ("failed", "expired")
 ASKED_ID = "ask-"  # of a job that only asks for another's status
 
 _RETRY = re.compile(r"(?P<base>.+)-r(?P<count>\d{1,2})")
@@ -125,8 +126,12 @@ class RunpodFace:
         """Where a job is, and its clip once there is one."""
         if job_id.startswith(ASKED_ID):
             return JSONResponse(await self._asked_status(request, job_id.removeprefix(ASKED_ID)))
-        job = await self._find(request, job_id)
-        return JSONResponse(await self._status_json(hall_of(request), request, job, job_id))
+        hall = hall_of(request)
+        view = await hall.see(request, job_id)
+        if view.job.state in RETRIABLE:
+            job = await self._find(request, job_id)
+            view = await hall.look(job, hall.base_url(request))
+        return JSONResponse(status_json(view, job_id, await base64_of(hall, view.job)))
 
     async def stream(self, request: Request, job_id: JobId) -> JSONResponse:
         """What happened since the last call: steps, previews, and the clip at the end."""
@@ -162,7 +167,7 @@ class RunpodFace:
         """Makes a job that failed or timed out once more, under its old id."""
         hall = hall_of(request)
         job = await self._find(request, job_id)
-        if job.state not in ("failed", "expired"):
+        if job.state not in RETRIABLE:
             raise Problem(400, "not_retriable", f"Job {job_id} is {status_of(job)}, so no retry")
         found = _RETRY.fullmatch(job.id)
         base, count = (found["base"], int(found["count"])) if found else (job.id, 0)
@@ -228,7 +233,7 @@ class RunpodFace:
         hall = hall_of(request)
         job = await hall.find(request, job_id)
         for count in range(1, MAX_RETRIES + 1):
-            if job.state not in ("failed", "expired"):
+            if job.state not in RETRIABLE:
                 break
             try:
                 job = await hall.find(request, f"{job_id}-r{count}")
@@ -258,8 +263,7 @@ class RunpodFace:
         self, hall: Hall, request: Request, job: Job, job_id: str
     ) -> dict[str, Any]:
         view = await hall.look(job, hall.base_url(request))
-        video = await base64_of(hall, job) if job.extra.get("return_video") else None
-        return status_json(view, job_id, video)
+        return status_json(view, job_id, await base64_of(hall, job))
 
     async def _told_of(
         self, hall: Hall, request: Request, job: Job, event: JobEvent

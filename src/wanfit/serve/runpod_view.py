@@ -79,8 +79,10 @@ def _output(view: Seen, job_id: str, video_base64: str | None) -> dict[str, Any]
 
 
 async def base64_of(hall: Hall, job: Job) -> str | None:
-    """The clip itself, where it is small enough to be sent in JSON."""
+    """The clip itself, where it was asked for and is small enough to be sent in JSON."""
     result = job.result
+    if not job.extra.get("return_video"):
+        return None
     if result is None or job.output_gone or result.num_bytes > MAX_BASE64_BYTES:
         return None
 

@@ -26,6 +26,7 @@ from wanfit.serve.hall import Hall, caller_of, hall_of
 from wanfit.serve.problems import Problem, problem_of
 from wanfit.serve.videos_input import VideoOrder, param_of, read_order
 from wanfit.serve.videos_view import poll_after_ms, video_json
+from wanfit.serve.views import Seen
 from wanfit.specs import MODELS, spec_named
 
 DEDUPE_S = 120.0  # ours: the client gives up after two retries, at most 8 s apart each
@@ -136,8 +137,7 @@ async def refuse_character(request: Request, character_id: str) -> None:
 @router.get("/videos/{video_id}", responses=_ERRORS | describe.answer(_VIDEO))
 async def retrieve(request: Request, video_id: JobId) -> JSONResponse:
     """Where a video is."""
-    hall = hall_of(request)
-    return await _video_response(hall, request, await hall.find(request, video_id))
+    return _respond(await hall_of(request).see(request, video_id))
 
 
 @router.delete(
@@ -244,10 +244,12 @@ async def _admit(hall: Hall, request: Request, asked: Asked) -> Job:
 
 
 async def _video_response(hall: Hall, request: Request, job: Job) -> JSONResponse:
-    view = await hall.look(job, hall.base_url(request))
-    return JSONResponse(
-        video_json(view), headers={"openai-poll-after-ms": str(poll_after_ms(view))}
-    )
+    return _respond(await hall.look(job, hall.base_url(request)))
+
+
+def _respond(view: Seen) -> JSONResponse:
+    headers = {"openai-poll-after-ms": str(poll_after_ms(view))}
+    return JSONResponse(video_json(view), headers=headers)
 
 
 async def _servable(hall: Hall) -> list[str]:
