@@ -133,7 +133,7 @@ def sample(
     first = given if spec.task == "ti2v" else None
     channels = given if spec.task == "i2v" else None
     for sigma, following in pairwise(schedule.sigmas):
-        dit = networks.dits[expert_at(spec, 1000 * sigma)]
+        dit = networks.dits[expert_at(spec.boundary, 1000 * sigma)]
         times = torch.full((count,), 1000 * sigma, device=device)
         if first is not None:
             x[:, :, :1] = first

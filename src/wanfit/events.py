@@ -4,8 +4,9 @@ The pipeline is a generator of these. Progress, cancellation, metering and writi
 whoever drives it: the pipeline knows neither a terminal nor a file. Nothing here imports torch.
 
 For one clip the order is: StageBegan, then its StepDone (if it counts steps), for each of the
-stages in the order of `Stage`; FramesReady only while "decode" runs; WeightsMoved at the end of
-"text" and "denoise"; Notice at any time. "image" is left out when there is no image.
+stages in the order of `Stage`; FramesReady only while "decode" runs; Preview only when asked for,
+before the StepDone of its step; WeightsMoved at the end of "text" and "denoise"; Notice at any
+time. "image" is left out when there is no image.
 
 Dims: F pixel frames, H W pixel rows and columns.
 """
@@ -46,6 +47,15 @@ class FramesReady:
     frames: npt.NDArray[np.uint8]  # [F, H, W, 3], RGB
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Preview:
+    """About what the middle of the clip will look like, at the size of the latents."""
+
+    step: int  # of "denoise", counted from 1
+    steps: int
+    frame: npt.NDArray[np.uint8]  # [H, W, 3], RGB
+
+
 @dataclass(frozen=True, slots=True)
 class Notice:
     """One line that a person should see, such as the words that a model does not know."""
@@ -66,4 +76,4 @@ class WeightsMoved:
     first_ready_s: float | None  # time.perf_counter() when the first unit was on the device
 
 
-Event = StageBegan | StepDone | FramesReady | Notice | WeightsMoved
+Event = StageBegan | StepDone | Preview | FramesReady | Notice | WeightsMoved

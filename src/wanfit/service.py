@@ -74,6 +74,7 @@ class _Order(Planned):
     image: Image.Image | None
     output: Output
     sheet: Path | None
+    previews: bool
 
 
 def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag would hide them
@@ -90,6 +91,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     on_event: OnEvent | None = None,
     contact_sheet: bool | str | Path = False,
     depot: Depot | None = None,
+    previews: bool = False,
     **options: Any,
 ) -> Report:
     """Makes one clip and writes it to `output`.
@@ -106,6 +108,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
     on_event: called with every event as it comes; what it raises ends the generation.
     contact_sheet: a PNG of eight frames: True puts it beside the clip, a path puts it there.
     depot: what a warm process keeps of weight files between clips; None: nothing is kept.
+    previews: whether `on_event` gets a Preview of every step too.
     options: the fields of VideoRequest and their aliases (model, size, frames, steps, seed, ...).
 
     Raises BadRequest or DoesNotFit before torch is imported (but for a CUDA device that torch does
@@ -143,6 +146,7 @@ def generate(  # noqa: PLR0913  each is one thing that a caller may say; a bag w
         image=picture,
         output=place,
         sheet=_sheet_path(contact_sheet, place),
+        previews=previews,
     )
     if order.weights.notice:
         _tell(on_event, order.weights.notice)
@@ -334,7 +338,7 @@ def _attempt(
     tally = _Tally(Meter(device), ContactSheet(request.num_frames))
     if order.weights.notice:
         tally.notices.append(order.weights.notice)
-    events = generate_frames(plan, files, order.image, depot)
+    events = generate_frames(plan, files, order.image, depot, previews=order.previews)
     with (
         depot.use(files),
         VideoWriter(order.output, fps=request.fps, metadata=tags) as writer,

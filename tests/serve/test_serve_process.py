@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import signal
@@ -16,8 +17,10 @@ from typing import Any
 import av
 import httpx2
 import pytest
+from PIL import Image
 
 from tests.serve.harness import TINY, wait_until
+from tests.serve.test_serve_own import sse
 
 SERVE = [sys.executable, "-c", "from wanfit.cli import main; main()", "serve", "--port", "0"]
 READY_S = 60.0  # a GPU process imports torch, on two busy cores
@@ -104,11 +107,16 @@ class TestClips:
             fields = {"prompt": "a red ring", **TINY, "num_inference_steps": 3}
             job = client.post("/v1/jobs", json=fields).json()["id"]
             with client.stream("GET", f"/v1/jobs/{job}/events") as reply:
-                lines = [line for line in reply.iter_lines() if line.startswith("event: ")]
-            kinds = [line.removeprefix("event: ") for line in lines]
+                events = list(sse(reply.iter_lines()))
+            kinds = [event["event"] for event in events]
             assert kinds[:2] == ["queued", "started"]
             assert kinds[-1] == "completed"
-            assert {"stage", "step"} <= set(kinds)
+            assert {"stage", "step", "preview"} <= set(kinds)
+            preview = next(event for event in events if event["event"] == "preview")
+            head, _, picture = preview["data"]["image"].partition(",")
+            assert head == "data:image/jpeg;base64"
+            with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+                assert image.size == (4, 4)  # the latents' of 64x64
 
     def test_no_prompt_is_in_the_log(self, server: Process) -> None:
         with server.client() as client:

@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from wanfit.engine.condition import Condition
 from wanfit.engine.models.dit import Dit, Moment
 from wanfit.engine.models.dit_rows import Workspace
+from wanfit.engine.preview import Colours, preview
 from wanfit.engine.schedule import make_schedule, make_solver
 from wanfit.engine.weights.stream import Visit
-from wanfit.events import StepDone
+from wanfit.events import Preview, StepDone
 from wanfit.geometry import Geometry
 from wanfit.plan.weights import ONCE_UNITS, block_names
 from wanfit.request import ResolvedRequest
@@ -94,15 +97,16 @@ def denoise(
     condition: Condition,
     dits: Mapping[Expert, Dit],
     work: Workspace,
-) -> Generator[StepDone, None, Tensor]:
+    colours: Colours | None = None,
+) -> Generator[StepDone | Preview, None, Tensor]:
     """Yields StepDone after every step and returns the clean latents, fp32 as `noise` is.
 
     noise: [1, C, T, H, W]. The solver's memory carries over from one expert to the other. What
     depends on the text or on the time alone is computed once per phase, not once per step.
+    colours: how latents look, for a Preview of every step; None: nobody looks.
     """
-    solver = make_solver(
-        request.solver, make_schedule(request.solver, request.num_inference_steps, request.shift)
-    )
+    schedule = make_schedule(request.solver, request.num_inference_steps, request.shift)
+    solver = make_solver(request.solver, schedule)
     latents = _with_first_frame(noise, condition)
     step = 0
     for phase in phases(request):
@@ -110,6 +114,9 @@ def denoise(
         guide = _Guide(dit, phase, text, condition, work, latents.device)
         for i in range(len(phase.timesteps)):
             velocity = guide.velocity(latents, i)
+            if colours is not None:
+                frame = _seen(latents, velocity, schedule.sigmas[step], colours)
+                yield Preview(step + 1, request.num_inference_steps, frame)
             # The solver moves the given first frame too; it is put back, clean, before every use.
             latents = _with_first_frame(solver.step(velocity, latents), condition)
             step += 1
@@ -161,6 +168,14 @@ class _Guide:
                 for part in self._moments
             )
         )
+
+
+def _seen(
+    latents: Tensor, velocity: Tensor, sigma: float, colours: Colours
+) -> npt.NDArray[np.uint8]:
+    """The middle of the clip as the step predicts it, [H, W, 3]; no later frame is computed."""
+    until = latents.shape[2] // 2 + 1
+    return preview(latents[:, :, :until] - sigma * velocity[:, :, :until], colours)
 
 
 def _with_first_frame(latents: Tensor, condition: Condition) -> Tensor:

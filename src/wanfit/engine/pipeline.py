@@ -20,6 +20,7 @@ from wanfit.engine.encode import encode_texts
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.dit_rows import RowKernels, Workspace
 from wanfit.engine.models.umt5 import Umt5
+from wanfit.engine.preview import Colours, fit_colours, read_colours
 from wanfit.engine.tokenizer import TokenizedText
 from wanfit.engine.weights.depot import Depot
 from wanfit.engine.weights.files import ModelFiles
@@ -47,12 +48,15 @@ def generate_frames(
     image: Image.Image | None,
     depot: Depot,
     kernels: RowKernels | None = None,
+    *,
+    previews: bool = False,
 ) -> Generator[Event, None, None]:
     """Yields the events of one clip, its frames among them (see `wanfit.events`).
 
     `image` goes with the plan's request: `resolve` checked that the model takes or needs one. The
     depot's device is where all is computed. kernels: the transformer's row functions, compiled;
-    None: as they are. Raises WeightsError for files that break.
+    None: as they are. previews: whether a Preview of every step is wanted. Raises WeightsError for
+    files that break.
     """
     request = plan.request
     check_channels(request.spec)
@@ -71,7 +75,8 @@ def generate_frames(
         _return_memory(depot.device)
 
     yield StageBegan("denoise", steps=request.num_inference_steps)
-    latents = yield from _denoise(plan, geometry, text, condition, files, depot, kernels)
+    colours = _colours(files, depot) if previews else None
+    latents = yield from _denoise(plan, geometry, text, condition, files, depot, kernels, colours)
     _return_memory(depot.device)
 
     tile_px = plan.cuts.vae_tile_px
@@ -123,6 +128,19 @@ def _condition(
     return condition_on(pixels, request.spec.task, geometry, vae, plan.cuts.vae_tile_px)
 
 
+def _colours(files: ModelFiles, depot: Depot) -> Colours:
+    """How this autoencoder's latents look. Where no file says it, it is fitted, once per process.
+
+    The pictures of the fit are small: less is held than when the clip is decoded.
+    """
+    file = next(iter(files.entries("vae").values())).file
+    if file not in depot.colours:
+        colours = read_colours(file.parent, depot.device)
+        depot.colours[file] = colours or fit_colours(loaded_vae(files, depot, VAE_DTYPE))
+        _return_memory(depot.device)
+    return depot.colours[file]
+
+
 def _denoise(
     plan: Plan,
     geometry: Geometry,
@@ -131,6 +149,7 @@ def _denoise(
     files: ModelFiles,
     depot: Depot,
     kernels: RowKernels | None,
+    colours: Colours | None,
 ) -> Generator[Event, None, Tensor]:
     request = plan.request
     dits: dict[Expert, Dit] = {}
@@ -154,7 +173,7 @@ def _denoise(
     with Streamer(depot, units, route(request), plan.denoise, plan.ring) as streamer:
         for dit in dits.values():
             dit.present = streamer.present
-        latents = yield from denoise(request, noise, text, condition, dits, work)
+        latents = yield from denoise(request, noise, text, condition, dits, work, colours)
         forwards = sum(len(phase.timesteps) * phase.passes for phase in phases(request))
         yield _moved("denoise", forwards, streamer, depot)
     return latents

@@ -15,16 +15,18 @@ import base64
 import ctypes
 import errno
 import faulthandler
+import io
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
 from wanfit.errors import WanfitError
-from wanfit.events import Event, Notice, StageBegan, StepDone
+from wanfit.events import Event, Notice, Preview, StageBegan, StepDone
 from wanfit.jobs.wire import (
     EXIT_BROKEN,
     EXIT_ORPHAN,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+PREVIEW_S = 1.0  # ours: at least so long between two; nobody looks at more
 
 
 class Cancelled(Exception):
@@ -121,11 +124,16 @@ def _warm_up(device: str) -> Depot:
 
 def _attempt(talk: Talk, order: Order, depot: Depot) -> None:
     told = order.attempt_id
+    next_preview_s = 0.0
 
     def hear(event: Event) -> None:
+        nonlocal next_preview_s
         if talk.is_cancelled(told):
             raise Cancelled
         match event:
+            case Preview() if time.monotonic() >= next_preview_s:
+                next_preview_s = time.monotonic() + PREVIEW_S
+                talk.say("preview", told, content_type="image/jpeg", base64=_jpeg(event))
             case StageBegan(stage=stage, steps=steps):
                 talk.say("stage", told, stage=stage, steps=steps)
             case StepDone(stage=stage, step=step, steps=steps):
@@ -165,8 +173,18 @@ def _generate(order: Order, depot: Depot, hear: Any) -> dict[str, Any]:
         ram=engine.ram,
         on_event=hear,
         depot=depot,
+        previews=True,
     )
     return report.to_json()
+
+
+def _jpeg(preview: Preview) -> str:
+    """In base64; a few kB at most, since a preview has the latents' size."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(preview.frame).save(stream, format="JPEG", quality=85)
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def _is_no_room(error: BaseException | None) -> bool:

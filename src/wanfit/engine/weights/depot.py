@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from wanfit.engine.weights.verify import IdleCheck
 from wanfit.errors import WeightsBroken
 from wanfit.plan.plan import Ring
 from wanfit.plan.weights import align
+
+if TYPE_CHECKING:
+    from wanfit.engine.preview import Colours
 
 PAGE_BYTES = mmap.PAGESIZE
 DIRECT_BYTES = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
@@ -116,6 +119,7 @@ class Depot:
     def __init__(self, device: torch.device, *, check_idle: bool = False) -> None:
         self.device = device
         self.notices: list[str] = []
+        self.colours: dict[Path, Colours] = {}  # of the autoencoder in a file: see engine/preview
         self._check_idle = check_idle
         self._check: IdleCheck | None = None
         self._checked: Path | None = None
