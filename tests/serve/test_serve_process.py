@@ -192,7 +192,7 @@ class TestLife:
             assert time.monotonic() - process.began_s < 5
             job = client.post("/v1/jobs", json={"prompt": "x", **TINY})
             assert job.status_code == 202, "what comes while it warms up is accepted"
-        assert process.stop() == 0
+        assert process.stop(signal.SIGHUP) == 0
 
     def test_at_sigterm_the_job_that_runs_ends_and_nothing_is_lost(self, tmp_path: Path) -> None:
         """It takes no more jobs, still tells of those it has, and ends with code 0; what had
