@@ -60,7 +60,7 @@ copy_context() {
 }
 
 build() {
-  local options=(--layers --build-arg "BASE=$base" --target "${TARGET:-serve}" -t "$image")
+  local options=(--layers --format docker --build-arg "BASE=$base" --target "${TARGET:-serve}" -t "$image")
   options+=(--build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
   if [ -n "${WHEELS:-}" ]; then
     options+=(--volume "$WHEELS:$WHEELS:ro" --build-arg "UV_FIND_LINKS=$WHEELS")
