@@ -82,6 +82,18 @@ make_clip() {
   buildah "${store[@]}" run "$container" -- python3 -c \
     "import av; s = av.open('/data/clip.mp4').streams.video[0]; n = sum(1 for _ in s.container.decode(s)); print(f'clip.mp4: {s.width}x{s.height}, {n} frames'); assert n > 1"
   buildah "${store[@]}" run "$container" -- id
+  # The server answers its health check within a minute and ends on SIGTERM.
+  # shellcheck disable=SC2016
+  buildah "${store[@]}" run "$container" -- sh -euc '
+    export WANFIT_PORT=18765 WANFIT_HOST=127.0.0.1
+    check="python3 /opt/wanfit-docker/healthy.py"
+    if $check serve >/dev/null; then echo "port $WANFIT_PORT is taken"; exit 1; fi
+    if $check runpod >/dev/null; then echo "a worker that is not there is healthy"; exit 1; fi
+    /opt/wanfit-docker/entry.sh serve & server=$!
+    for _ in $(seq 60); do $check serve && break; sleep 1; done
+    $check serve
+    kill -TERM $server
+    wait $server && echo "server: ended with 0"'
   buildah "${store[@]}" rm "$container" >/dev/null
 }
 

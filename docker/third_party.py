@@ -115,7 +115,7 @@ def _is_version(text: str) -> bool:
 
 
 def compare(before: Mapping[str, str], after: Mapping[str, str], asked: set[str]) -> list[Row]:
-    """What an installation did; of what was there already, only what was asked for by name."""
+    """What an installation did; of what was there already, only what was asked for."""
     rows = []
     for name, version in sorted(after.items()):
         have = before.get(name)
@@ -204,6 +204,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     install(given.uv, python, needs, lines)
     asked = {canonicalize_name(need.name) for need in needs}
+    asked |= {name for name, pin in pins.items() if before.get(name, pin) != pin}
     sys.stdout.write(f"{python}\n{table_of(compare(before, installed(python), asked))}\n")
     if given.path:
         site = subprocess.run([python, "-c", SITE], check=True, capture_output=True, text=True)

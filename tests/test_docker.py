@@ -55,7 +55,7 @@ def test_what_is_copied_exists_and_is_let_through() -> None:
 
 
 def test_versions_are_those_of_the_project() -> None:
-    """torch and hatchling as constraints.txt has them, torch's range and the version as pyproject."""
+    """Pins as constraints.txt has them; torch's range and the version as pyproject.toml."""
     arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", DOCKERFILE, re.M))
     project = third_party.tomllib.loads(PROJECT.read_text())["project"]
     torch = next(need for need in third_party.needs_of(PROJECT, []) if need.name == "torch")
@@ -83,7 +83,7 @@ def test_no_layer_compiles_or_holds_a_secret() -> None:
     for word in ("gcc", "build-essential", "nvcc", "-devel", "TOKEN", "PASSWORD"):
         assert word not in DOCKERFILE
     assert "<<" not in DOCKERFILE  # buildah 1.28 knows no heredocs
-    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.M) == ["0", "10001:10001", "0"]
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.M) == ["0", "0", "10001:10001", "0"]
 
 
 def test_compose_serves_with_a_key_on_loopback_only() -> None:
@@ -129,7 +129,7 @@ def test_an_empty_base_gets_every_pin(base: Path) -> None:
 
 
 def test_a_usable_torch_is_kept_and_an_old_one_is_not(base: Path) -> None:
-    """A build of the base's own (+cu128) counts by its version; a release candidate is not usable."""
+    """+cu128 and the like count by their version; a release candidate is not usable."""
     for version, line in (
         ("2.9.1+cu128", "torch==2.9.1+cu128"),
         ("2.8.0+cu128", f"torch=={PINS['torch']}"),
