@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -194,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> None:
     needs = [
         need
         for need in needs
-        if need.marker is None or need.marker.evaluate(dict(default_environment()))
+        if need.marker is None or need.marker.evaluate()
     ]
     pins = pins_of([*(given.pins.read_text().splitlines() if given.pins else ()), *given.pin])
     before = installed(python)
@@ -203,7 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         return
     install(given.uv, python, needs, lines)
-    asked = {canonicalize_name(need.name) for need in needs}
+    asked: set[str] = {canonicalize_name(need.name) for need in needs}
     asked |= {name for name, pin in pins.items() if before.get(name, pin) != pin}
     sys.stdout.write(f"{python}\n{table_of(compare(before, installed(python), asked))}\n")
     if given.path:

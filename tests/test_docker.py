@@ -11,14 +11,16 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import venv
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from docker import healthy, third_party
 
@@ -57,7 +59,7 @@ def test_what_is_copied_exists_and_is_let_through() -> None:
 def test_versions_are_those_of_the_project() -> None:
     """Pins as constraints.txt has them; torch's range and the version as pyproject.toml."""
     arguments = dict(re.findall(r"^ARG (\w+)=(.+)$", DOCKERFILE, re.M))
-    project = third_party.tomllib.loads(PROJECT.read_text())["project"]
+    project = tomllib.loads(PROJECT.read_text())["project"]
     torch = next(need for need in third_party.needs_of(PROJECT, []) if need.name == "torch")
     assert arguments["TORCH_VERSION"] == PINS["torch"]
     assert arguments["TORCH_ACCEPTED"] == str(torch.specifier)
@@ -69,13 +71,13 @@ def test_versions_are_those_of_the_project() -> None:
 def test_base_is_pinned_and_of_a_python_we_support() -> None:
     version = re.search(r"^ARG BASE=python:(\d+\.\d+\.\d+)-slim-\w+$", DOCKERFILE, re.M)
     assert version
-    requires = third_party.tomllib.loads(PROJECT.read_text())["project"]["requires-python"]
+    requires = tomllib.loads(PROJECT.read_text())["project"]["requires-python"]
     assert Requirement(f"python{requires}").specifier.contains(version[1])
 
 
 def test_everything_we_ask_for_by_name_has_a_pin() -> None:
     needs = third_party.needs_of(PROJECT, ["runpod", "postgres"])
-    missing = {need.name for need in needs if third_party.canonicalize_name(need.name) not in PINS}
+    missing = {need.name for need in needs if canonicalize_name(need.name) not in PINS}
     assert missing == set()
 
 
