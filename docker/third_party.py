@@ -190,11 +190,7 @@ def main(words: Sequence[str] | None = None) -> None:
     needs = [Requirement(text) for text in given.need]
     if given.project:
         needs += needs_of(given.project, [word for word in given.extras.split(",") if word])
-    needs = [
-        need
-        for need in needs
-        if need.marker is None or need.marker.evaluate()
-    ]
+    needs = [need for need in needs if need.marker is None or need.marker.evaluate()]
     pins = pins_of([*(given.pins.read_text().splitlines() if given.pins else ()), *given.pin])
     before = installed(python)
     lines = constraints(needs, pins, before)
