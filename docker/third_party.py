@@ -71,7 +71,7 @@ def needs_of(project: Path, extras: Sequence[str]) -> list[Requirement]:
 
 def pins_of(lines: Iterable[str]) -> dict[str, str]:
     """Lines such as `av==18.1.0`: canonical name to version."""
-    pins = {}
+    pins: dict[str, str] = {}
     for line in lines:
         name, found, version = line.partition("#")[0].strip().partition("==")
         if found:
@@ -91,7 +91,7 @@ def constraints(
     needs: Sequence[Requirement], pins: Mapping[str, str], before: Mapping[str, str]
 ) -> list[str]:
     """One line per pinned or kept package."""
-    by_name = {canonicalize_name(need.name): need for need in needs}
+    by_name: dict[str, Requirement] = {canonicalize_name(need.name): need for need in needs}
     lines = []
     for name in sorted({*pins, *by_name}):
         have, pin = before.get(name), pins.get(name)
