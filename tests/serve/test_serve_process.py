@@ -9,14 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import av
 import httpx2
 import pytest
+import standardwebhooks
 from PIL import Image
 
 from tests.serve.harness import TINY, wait_until
@@ -59,10 +62,41 @@ class Process:
         return code
 
 
+class Receiver:
+    """A server on the loopback that keeps what it is told."""
+
+    def __init__(self) -> None:
+        heard = self.heard = list[tuple[dict[str, str], bytes]]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["content-length"]))
+                heard.append((dict(self.headers.items()), content))
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{self.address}/hook"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """With its GPU process warm."""
-    process = Process(tmp_path_factory.mktemp("server") / "data")
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Process]:
+    """With its GPU process warm, and one address of this network that it may ask."""
+    data = tmp_path_factory.mktemp("server") / "data"
+    process = Process(data, WANFIT_ALLOWED_TARGETS=receiver.address)
     try:
         with process.client() as client:
             wait_until(lambda: client.get("/readyz").json()["state"] == "ready", READY_S)
@@ -93,8 +127,8 @@ class TestClips:
                 assert told["state"] == "completed", told
                 assert frames_of(client.get(f"/v1/videos/{job}/content").content) == 5
             assert done["output"]["report"]["plan"]["fits"] is True
-            text = client.get("/metrics").text
-            assert 'wanfit_job_outcomes_total{code="",outcome="completed"} 3.0' in text
+            line = 'wanfit_job_outcomes_total{code="",outcome="completed"} 3.0'
+            wait_until(lambda: line in client.get("/metrics").text)
 
     def test_the_process_that_answers_never_has_torch(self, server: Process) -> None:
         maps = Path(f"/proc/{server.process.pid}/maps").read_text()
@@ -117,6 +151,29 @@ class TestClips:
             assert head == "data:image/jpeg;base64"
             with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
                 assert image.size == (4, 4)  # the latents' of 64x64
+
+    def test_a_webhook_hears_the_end_signed(self, server: Process, receiver: Receiver) -> None:
+        """By Standard Webhooks' own library, with the secret that the command prints; of a RunPod
+        job it is RunPod's status, of another one an event."""
+        secret = subprocess.run(
+            [*SERVE[:-3], "keys", "webhooks", "--data", str(server.data)],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        with server.client() as client:
+            fields = {"prompt": "a red ring", **TINY}
+            body = {"input": fields, "webhook": receiver.url}
+            first = client.post("/run", json=body).json()["id"]
+            wait_until(lambda: len(receiver.heard) == 1, READY_S)
+            own = {**fields, "webhook": receiver.url}
+            second = client.post("/v1/jobs", json=own).json()["id"]
+            wait_until(lambda: len(receiver.heard) == 2, READY_S)
+            runpod, event = (
+                standardwebhooks.Webhook(secret).verify(content, headers)
+                for headers, content in receiver.heard
+            )
+            assert (runpod["id"], runpod["status"]) == (first, "COMPLETED")
+            assert frames_of(client.get(runpod["output"]["video_url"]).content) == 5
+            assert (event["type"], event["data"]["id"]) == ("job.completed", second)
 
     def test_no_prompt_is_in_the_log(self, server: Process) -> None:
         with server.client() as client:

@@ -92,7 +92,7 @@ class _Parts:
             observe=self.metrics.observe,
         )
         guard = Guard(parse_allowed(",".join(settings.allowed_targets)))
-        desk = Desk(self.store, self.supervisor.delete)
+        desk = Desk(self.store, self.supervisor.delete, self.metrics.ended)
         links = Links(read_secret(settings.data / "link-secret"), self.outputs, settings.url_s)
         self.hall = Hall(
             settings=settings,
