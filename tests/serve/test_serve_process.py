@@ -10,11 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import av
 import httpx2
@@ -30,11 +29,10 @@ READY_S = 60.0  # a GPU process imports torch, on two busy cores
 
 
 class Process:
-    """`wanfit serve` with its own data, on a free port."""
+    """`wanfit serve` with its own data, on a free port; it ends with the block at the latest."""
 
     def __init__(self, data: Path, *options: str, **variables: str) -> None:
         self.data = data
-        self.began_s = time.monotonic()
         environment = {
             **os.environ, "WANFIT_DATA": str(data), "WANFIT_DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",  # threads that wait for each other, where other tests run
@@ -57,9 +55,14 @@ class Process:
     def stop(self, number: int = signal.SIGTERM, wait_s: float = 60.0) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(wait_s)
+        return self.process.wait(wait_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop(signal.SIGKILL)
         self.log.close()
-        return code
 
 
 class Receiver:
@@ -96,13 +99,10 @@ def receiver() -> Iterator[Receiver]:
 def server(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Process]:
     """With its GPU process warm, and one address of this network that it may ask."""
     data = tmp_path_factory.mktemp("server") / "data"
-    process = Process(data, WANFIT_ALLOWED_TARGETS=receiver.address)
-    try:
+    with Process(data, WANFIT_ALLOWED_TARGETS=receiver.address) as process:
         with process.client() as client:
             wait_until(lambda: client.get("/readyz").json()["state"] == "ready", READY_S)
         yield process
-    finally:
-        process.stop(signal.SIGKILL)
 
 
 def frames_of(data: bytes) -> int:
@@ -185,34 +185,32 @@ class TestClips:
 
 class TestLife:
     def test_it_answers_before_the_gpu_process_is_there(self, tmp_path: Path) -> None:
-        """In about a second; the benchmark holds it to that on a machine that is not busy."""
-        process = Process(tmp_path / "data")
-        with process.client() as client:
+        """Within how long: benchmarks/serve/speed.py, on a machine that is not busy."""
+        with Process(tmp_path / "data") as process, process.client() as client:
             assert client.get("/livez").status_code == 200
-            assert time.monotonic() - process.began_s < 5
+            assert client.get("/readyz").json() == {"ready": True, "state": "starting"}
             job = client.post("/v1/jobs", json={"prompt": "x", **TINY})
             assert job.status_code == 202, "what comes while it warms up is accepted"
-        assert process.stop() == 0
+            assert process.stop(signal.SIGHUP) == 0
 
     def test_at_sigterm_the_job_that_runs_ends_and_nothing_is_lost(self, tmp_path: Path) -> None:
         """It takes no more jobs, still tells of those it has, and ends with code 0; what had
         no time is made by the next server."""
-        process = Process(tmp_path / "data", WANFIT_GRACE_SECONDS="30")
-        fields = {"prompt": "x", **TINY, "num_inference_steps": 4}
-        with process.client() as client:
+        fields = {"prompt": "x", **TINY, "num_inference_steps": 40}
+        first = Process(tmp_path / "data", WANFIT_GRACE_SECONDS="50")
+        with first as process, process.client() as client:
             wait_until(lambda: client.get("/readyz").json()["state"] == "ready", READY_S)
             jobs = [client.post("/v1/jobs", json=fields).json()["id"] for _ in range(2)]
             wait_until(lambda: client.get(f"/v1/jobs/{jobs[0]}").json()["state"] != "queued")
             process.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: client.post("/v1/jobs", json=fields).status_code == 503, 5)
-        assert process.stop() == 0
-        again = Process(tmp_path / "data")
-        with again.client() as client:
+            wait_until(lambda: client.post("/v1/jobs", json=fields).status_code == 503)
+            assert process.process.wait(60) == 0
+        with Process(tmp_path / "data") as again, again.client() as client:
             states = [client.get(f"/v1/jobs/{job}").json()["state"] for job in jobs]
-            assert states == ["completed", "queued"]
+            assert states[0] == "completed"
+            assert states[1] in ("queued", "running")
             url = client.get(f"/v1/jobs/{jobs[0]}").json()["video"]["urls"]["video"]
             assert frames_of(client.get(url).content) == 5
-        again.stop(signal.SIGKILL)
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
     def test_where_others_reach_it_it_insists_on_a_key(self, tmp_path: Path, host: str) -> None:
@@ -226,13 +224,13 @@ class TestLife:
 
     def test_with_a_key_it_listens_there(self, tmp_path: Path) -> None:
         key = "wf_" + "k" * 40
-        process = Process(tmp_path / "data", "--host", "0.0.0.0", WANFIT_API_KEY=key)
-        port = process.url.rpartition(":")[2]
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
-            assert client.get("/v1/jobs").status_code == 401
-            headers = {"authorization": f"Bearer {key}"}
-            assert client.get("/v1/jobs", headers=headers).status_code == 200
-        assert process.stop(signal.SIGINT) == 0
+        with Process(tmp_path / "data", "--host", "0.0.0.0", WANFIT_API_KEY=key) as process:
+            port = process.url.rpartition(":")[2]
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                assert client.get("/v1/jobs").status_code == 401
+                headers = {"authorization": f"Bearer {key}"}
+                assert client.get("/v1/jobs", headers=headers).status_code == 200
+            assert process.stop(signal.SIGINT) == 0
         assert key not in (tmp_path / "data.log").read_text()
 
     def test_a_port_that_is_taken_is_said_in_one_line(self, tmp_path: Path) -> None:
