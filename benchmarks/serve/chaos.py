@@ -212,7 +212,7 @@ class _Run:
             self._found.wrong.append(f"{job_id} ended as {state}: {seen.json()['error']}")
             return
         clip = await self._persist(lambda: client.get(f"/v1/videos/{job_id}/content"))
-        frames = _frames(clip.content) if clip.status_code == 200 else None
+        frames = frames_in(clip.content) if clip.status_code == 200 else None
         if frames != FIELDS["num_frames"]:
             self._found.wrong.append(f"the clip of {job_id}: {clip.status_code}, {frames} frames")
             return
@@ -313,7 +313,7 @@ def _in(server: Server, name: str) -> list[Path]:
     return list((server.data / "outputs" / name).iterdir())
 
 
-def _frames(data: bytes) -> int | None:
+def frames_in(data: bytes) -> int | None:
     """Frames of an mp4, all of them decoded; None: it does not play."""
     try:
         with av.open(io.BytesIO(data), "r") as container:

@@ -7,8 +7,10 @@ clip is the result of a job (the job store says that: a late attempt may keep a 
 Nothing here imports torch; boto3 is imported where it is used.
 """
 
+import logging
 from pathlib import Path
 
+from wanfit.errors import StoreGone
 from wanfit.outputs.local import LocalOutputs
 from wanfit.outputs.store import (
     FILE_NAMES,
@@ -46,7 +48,8 @@ def open_store(
 ) -> OutputStore:
     """The store that a setting names: a directory, or s3://BUCKET/PREFIX by way of `spool`.
 
-    Raises BadSetting for what cannot be, StoreFailed when the bucket does not take a file now.
+    Raises BadSetting for what cannot be, StoreRefused when the bucket does not take a file. One
+    that does not answer now may answer soon: clips wait in `spool`, and the log says so.
     """
     if not place.startswith("s3:"):
         return LocalOutputs(Path(place).expanduser(), retention)
@@ -54,5 +57,8 @@ def open_store(
     from wanfit.outputs.s3 import S3Outputs
 
     bucket = Bucket(Place.parse(place, s3_endpoint))
-    bucket.check()
+    try:
+        bucket.check()
+    except StoreGone as error:
+        logging.getLogger(__name__).error("%s", error)
     return S3Outputs(bucket, spool, retention)
