@@ -128,6 +128,8 @@ class Attempt:
                     outcome = self._hear(news) or self._judge(process)
                 if outcome is not None:
                     self._end_stage()
+                    self._look.set()  # what came last is written before the job is settled
+                    self.beat()
                     return outcome
                 self.beat()
         finally:
