@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from wanfit.commands import Interrupted, checkpoints, keys, say_json, serve
+from wanfit.commands import Interrupted, checkpoints, doctor, keys, say_json, serve, worker
 from wanfit.errors import (
     BadRequest,
     DownloadFailed,
@@ -353,4 +353,6 @@ app.command()(checkpoints.models)
 app.command()(checkpoints.pull)
 app.command()(checkpoints.convert)
 app.command()(serve.serve)
+app.command()(doctor.doctor)
 app.add_typer(keys.app, name="keys")
+app.add_typer(worker.app, name="worker")

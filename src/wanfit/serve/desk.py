@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -146,6 +147,16 @@ class Desk:
                 await _either(changed, LOOK_AGAIN_S)
                 job = await self.get(job.id, job.owner)
 
+    async def watch(self, job: Job) -> AsyncIterator[Job]:
+        """The job at each change, and once a second at least, to its end."""
+        with self._listening(job.id) as changed:
+            while True:
+                job = await self.get(job.id, job.owner)
+                yield job
+                if job.is_final or self._ended:
+                    return
+                await _either(changed, LOOK_AGAIN_S)
+
     def end_waiting(self) -> None:
         """Ends all that waits for a job: the server closes."""
         self._ended = True
@@ -155,7 +166,8 @@ class Desk:
     def _heard(self, job_id: str) -> None:
         """Called in whatever thread made a change."""
         if job_id in self._waiting and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._wake, job_id)
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits in it
+                self._loop.call_soon_threadsafe(self._wake, job_id)
 
     def _wake(self, job_id: str) -> None:
         for event in self._waiting.get(job_id, ()):
