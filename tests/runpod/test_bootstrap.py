@@ -95,7 +95,7 @@ class TestDoctor:
         found: dict[str, Any] = json.loads(done.stdout)
         assert found["ok"] is (done.returncode == 0)
         assert {"GPU", "RAM", "disk", "torch"} <= {check["name"] for check in found["checks"]}
-        assert [one["model"] for one in found["models"]][0] == "demo"
+        assert found["models"][0]["model"] == "demo"
         assert found["versions"]["torch"]
 
     @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class TestGoodDays:
         queue, worker = warm
         queue.faults.slow_progress_s = 0.3
         try:
-            job = queue.submit({**TINY, "num_inference_steps": 120})
+            job = queue.submit({**TINY, "num_inference_steps": 40})
             queue.result(job, WAIT_S)
             time.sleep(1.0)
         finally:
@@ -66,7 +67,7 @@ class TestGoodDays:
         assert told
         assert [one["percent"] for one in told] == sorted(one["percent"] for one in told)
         moments = [post.at_s for post in posts if post.kind == "progress"]
-        assert all(later - first > 0.9 for first, later in zip(moments, moments[1:], strict=False))
+        assert all(later - first > 0.9 for first, later in pairwise(moments))
         assert job in worker.said()
 
     def test_health_tells_models_verdicts_and_versions(self, warm: Warm) -> None:
@@ -81,7 +82,7 @@ class TestGoodDays:
 
     def test_pings_tell_the_job(self, warm: Warm) -> None:
         queue, worker = warm
-        job = queue.submit({**TINY, "num_inference_steps": 200})
+        job = queue.submit({**TINY, "num_inference_steps": 40})
         queue.wait(lambda: any([job] == ping.get("job_id") for ping in queue.pings), WAIT_S)
         queue.result(job, WAIT_S)
         assert worker.process.poll() is None
@@ -192,7 +193,7 @@ class TestBadDays:
     def test_a_queue_that_vanishes_while_a_job_runs(self, warm: Warm) -> None:
         """The worker lives on, and has the clip when the job comes again."""
         queue, worker = warm
-        job = queue.submit({**TINY, "num_inference_steps": 60})
+        job = queue.submit({**TINY, "num_inference_steps": 15})
         queue.wait(lambda: any(post.job_id == job for post in queue.posts), WAIT_S)
         queue.vanish()
         time.sleep(3.0)
@@ -227,7 +228,7 @@ class TestEnds:
             assert worker.wait() == 0
         finally:
             worker.kill()
-        assert "told to stop" in worker_log(worker)
+        assert "told to stop" in worker.said()
 
     def test_a_running_job_is_made_to_its_end_and_two_are_held_at_once(
         self, runpod_queue: RunpodQueue, tmp_path: Path
@@ -235,7 +236,7 @@ class TestEnds:
         """With a concurrency of two: both were delivered, in a batch, and both are answered."""
         worker = WorkerProcess(runpod_queue, tmp_path / "data", WANFIT_CONCURRENCY="2")
         try:
-            jobs = [runpod_queue.submit({**TINY, "num_inference_steps": 60}) for _ in range(2)]
+            jobs = [runpod_queue.submit({**TINY, "num_inference_steps": 15}) for _ in range(2)]
             for job in jobs:
                 runpod_queue.wait_taken(job)
             assert "job-take-batch" in runpod_queue.calls
@@ -254,7 +255,7 @@ class TestEnds:
     ) -> None:
         """On the same disk: what was left is given up, and the job that comes again is made."""
         first = WorkerProcess(runpod_queue, tmp_path / "data")
-        job = runpod_queue.submit({**TINY, "num_inference_steps": 60})
+        job = runpod_queue.submit({**TINY, "num_inference_steps": 15})
         runpod_queue.wait(lambda: bool(runpod_queue.posts), WAIT_S)
         first.kill()
         second = WorkerProcess(runpod_queue, tmp_path / "data")
@@ -263,7 +264,3 @@ class TestEnds:
             assert runpod_queue.result(job, WAIT_S)["output"]["status"] == "completed"
         finally:
             second.kill()
-
-
-def worker_log(worker: WorkerProcess) -> str:
-    return worker.said()

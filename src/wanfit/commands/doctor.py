@@ -10,6 +10,7 @@ from wanfit.commands import say_json
 
 if TYPE_CHECKING:
     from wanfit.doctor import Diagnosis
+    from wanfit.settings import Settings
 
 MARKS = {"ok": "ok", "note": "note", "bad": "BAD"}
 
@@ -48,7 +49,7 @@ def doctor(
         raise typer.Exit(8)
 
 
-def _worker_settings():  # type: ignore[no-untyped-def]
+def _worker_settings() -> Settings:
     from wanfit.worker.settings import read_worker_settings
 
     return read_worker_settings().server

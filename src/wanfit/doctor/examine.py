@@ -128,9 +128,7 @@ def _model_here(spec: ModelSpec, findings: Findings) -> ModelHere:
     return ModelHere(spec, found, verdict(spec, machine, found.precision if found else None))
 
 
-def _check_model(
-    settings: Settings, models: tuple[ModelHere, ...], findings: Findings
-) -> Check:
+def _check_model(settings: Settings, models: tuple[ModelHere, ...], findings: Findings) -> Check:
     """The model of requests that name none: here, and within the memory of this machine."""
     try:
         spec = spec_named(settings.model)

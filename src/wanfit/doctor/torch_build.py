@@ -1,6 +1,6 @@
 """What torch says of itself, asked in a process of its own: nothing of it stays in memory here.
 
-    python -m wanfit.doctor.torch_build      prints one JSON object
+python -m wanfit.doctor.torch_build      prints one JSON object
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -147,7 +147,7 @@ class Desk:
                 await _either(changed, LOOK_AGAIN_S)
                 job = await self.get(job.id, job.owner)
 
-    async def watch(self, job: Job) -> AsyncIterator[Job]:
+    async def watch(self, job: Job) -> AsyncGenerator[Job, None]:
         """The job at each change, and once a second at least, to its end."""
         with self._listening(job.id) as changed:
             while True:

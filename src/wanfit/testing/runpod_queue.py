@@ -365,7 +365,7 @@ class _Call(BaseHTTPRequestHandler):
         return found["call"], found["worker"], found["job"] or "", parse_qs(parts.query)
 
     def _is_let_in(self) -> bool:
-        if self.headers.get("Authorization") == self.server.queue._key:
+        if str(self.headers.get("Authorization")) == self.server.queue._key:
             return True
         self._answer(401, {"error": "the key is another one"})
         return False
@@ -376,7 +376,7 @@ class _Call(BaseHTTPRequestHandler):
         if not readable:
             return self.server.queue._server is self.server
         try:
-            return self.connection.recv(1, socket.MSG_PEEK) != b""
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
 

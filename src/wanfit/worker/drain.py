@@ -37,7 +37,7 @@ class Drain:
         self._opened = opened
         self._held = held
         self._signals = 0
-        self._is_set = False
+        self._is_set = self._is_said = False
 
     @property
     def is_draining(self) -> bool:
@@ -52,7 +52,9 @@ class Drain:
             self._opened()
         if not self.is_draining:
             return self._concurrency
-        log.info("told to stop: what runs is made to its end, and no more is asked for")
+        if not self._is_said:
+            self._is_said = True
+            log.info("told to stop: what runs is made to its end, and no more is asked for")
         delivered = _delivered()
         if not delivered:
             raise Drained
@@ -67,7 +69,9 @@ class Drain:
 
 def _delivered() -> frozenset[str]:
     """Ids of the jobs that the SDK has taken and not answered yet."""
-    from runpod.serverless.modules.worker_state import JobsProgress
+    from runpod.serverless.modules.worker_state import (  # type: ignore[import-untyped]
+        JobsProgress,
+    )
 
     return frozenset(str(job) for job in JobsProgress())
 

@@ -134,7 +134,9 @@ class Handler:
             if not job.is_final or (job.state == "completed" and not job.output_gone):
                 log.info("job %s: delivered again, and %s", job.id, job.state)
                 return job
-        raise Problem(400, "not_retriable", f"The job failed {MAX_AGAIN} times", hint="Send another")
+        raise Problem(
+            400, "not_retriable", f"The job failed {MAX_AGAIN} times", hint="Send another"
+        )
 
     async def _made(self, request_id: str, job: Job) -> Job:
         """The job once it is over; its progress is told meanwhile."""
@@ -142,7 +144,7 @@ class Handler:
         sender = ProgressSender(request_id, _progress_address())
         try:
             async with aclosing(desk.watch(job)) as changes:
-                async for job in changes:  # noqa: B020  the newest of it is what is wanted
+                async for job in changes:
                     if job.is_final:
                         break
                     sender.tell(job)
@@ -230,9 +232,7 @@ def _digest(given: object) -> str:
 
 
 def _progress_address() -> str:
-    from runpod.serverless.modules import rp_http
+    from runpod.serverless.modules import rp_http  # type: ignore[import-untyped]
 
     address = getattr(rp_http, "JOB_DONE_URL", NOT_SET)
     return str(address)
-
-

@@ -53,7 +53,7 @@ class ProgressSender:
                 await asyncio.wait_for(self._task, POST_S + 1)
 
     async def _send(self) -> None:
-        from runpod.http_client import AsyncClientSession
+        from runpod.http_client import AsyncClientSession  # type: ignore[import-untyped]
 
         try:
             async with AsyncClientSession() as session:
@@ -72,9 +72,7 @@ class ProgressSender:
 
         body = json.dumps({"status": "IN_PROGRESS", "output": update})
         try:
-            async with session.post(
-                self._url, data=body, timeout=ClientTimeout(POST_S)
-            ) as answer:
+            async with session.post(self._url, data=body, timeout=ClientTimeout(POST_S)) as answer:
                 await answer.read()
         except (ClientError, TimeoutError) as error:
             log.debug("an update was not sent: %s", type(error).__name__)

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+from typing import Any
 
 from wanfit.errors import BadSetting
 from wanfit.worker.delivery import checked
@@ -46,9 +47,9 @@ def run(settings: WorkerSettings) -> None:
         handler.close()
 
 
-def _sdk_start():  # type: ignore[no-untyped-def]  # the SDK has no types
+def _sdk_start() -> Any:  # the SDK has no types
     try:
-        from runpod.serverless import start
+        from runpod.serverless import start  # type: ignore[import-untyped]
     except ImportError as error:
         raise BadSetting(
             f"RunPod's SDK is not there: {error}", hint="pip install 'wanfit[runpod]'"
