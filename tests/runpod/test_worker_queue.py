@@ -140,22 +140,6 @@ class TestStops:
         assert not queue.posts_of(job, "result")
         assert f"job {job}: cancelled" in worker.said()
 
-    def test_a_stop_while_the_gpu_process_starts(
-        self, runpod_queue: RunpodQueue, tmp_path: Path
-    ) -> None:
-        """Nothing is loaded yet, and the stop is heard all the same."""
-        worker = WorkerProcess(runpod_queue, tmp_path / "data")
-        try:
-            job = runpod_queue.submit(LONG)
-            runpod_queue.wait_taken(job)
-            time.sleep(0.3)  # the SDK's task begins
-            runpod_queue.stop(job)
-            assert worker.make(TINY)["output"]["status"] == "completed"
-            assert not runpod_queue.posts_of(job, "result")
-            assert attempts_of(worker, job) <= 1
-        finally:
-            worker.kill()
-
 
 class TestBadDays:
     def test_a_refused_result_is_there_when_the_job_comes_again(self, warm: Warm) -> None:
@@ -212,15 +196,22 @@ class TestBadDays:
 
 
 class TestEnds:
-    def test_a_job_delivered_after_sigterm_is_made(
+    def test_a_stop_at_the_start_and_a_job_delivered_after_sigterm(
         self, runpod_queue: RunpodQueue, tmp_path: Path
     ) -> None:
-        """The SDK alone would drop it: its poll was open when the signal came."""
-        runpod_queue.hold_s = 20.0
+        """Nothing is loaded yet, and the stop is heard. At the end the SDK alone would drop the
+        job: its poll was open when the signal came."""
         worker = WorkerProcess(runpod_queue, tmp_path / "data")
         try:
-            runpod_queue.wait_call("job-take")
-            time.sleep(0.5)
+            stopped = runpod_queue.submit(LONG)
+            runpod_queue.wait_taken(stopped)
+            time.sleep(0.3)  # the SDK's task begins
+            runpod_queue.stop(stopped)
+            assert worker.make(TINY)["output"]["status"] == "completed"
+            assert not runpod_queue.posts_of(stopped, "result")
+            assert attempts_of(worker, stopped) <= 1
+            runpod_queue.hold_s = 20.0
+            time.sleep(2.5)  # the poll that is open now is held for long
             worker.terminate()
             time.sleep(0.5)
             job = runpod_queue.submit(TINY)

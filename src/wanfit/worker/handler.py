@@ -5,7 +5,7 @@ job that is delivered again (since an answer was refused, or got lost) gets the 
 A job that failed is made once more when it comes again: that is what RunPod's /retry asks for.
 
 An async function: the SDK stops a job by cancelling its task, and a synchronous handler would not
-hear of it. Then the GPU process stops within a step, and only when it has the next job is asked for.
+hear of it. The GPU process stops within a step, and only then is the next job asked for.
 """
 
 from __future__ import annotations
