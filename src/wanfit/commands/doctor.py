@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wanfit.doctor import Diagnosis
     from wanfit.settings import Settings
 
+EXIT_UNFIT = 8
 MARKS = {"ok": "ok", "note": "note", "bad": "BAD"}
 
 
@@ -46,7 +47,7 @@ def doctor(
     else:
         _print(found)
     if not found.is_fit:
-        raise typer.Exit(8)
+        raise typer.Exit(EXIT_UNFIT)
 
 
 def _worker_settings() -> Settings:
