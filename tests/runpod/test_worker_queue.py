@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import av
 import pytest
 
 from tests.runpod.workers import LONG, TINY, WAIT_S, WorkerProcess, error_of
-from wanfit.testing.runpod_queue import RunpodQueue
+from wanfit.testing.runpod_queue import MAX_BODY_BYTES, RunpodQueue
 
 Warm = tuple[RunpodQueue, WorkerProcess]
 
@@ -79,6 +80,13 @@ class TestGoodDays:
         assert output["versions"]["runpod"].startswith("1.")
         assert output["gpu_process"][0]["state"] in ("idle", "starting")
         assert str(Path.cwd()) not in json.dumps(output)
+
+    def test_the_process_of_the_sdk_never_has_torch(self, warm: Warm) -> None:
+        _, worker = warm
+        assert "output" in worker.make({"action": "health"})
+        maps = Path(f"/proc/{worker.process.pid}/maps").read_text()
+        assert "sqlite" in maps
+        assert "libtorch" not in maps
 
     def test_pings_tell_the_job(self, warm: Warm) -> None:
         queue, worker = warm
@@ -148,6 +156,20 @@ class TestBadDays:
         queue.faults.refused_results = 3
         job = queue.submit(TINY)
         queue.wait(lambda: len(queue.posts_of(job, "result")) >= 3, WAIT_S)
+        queue.deliver_again(job)
+        assert queue.result(job, WAIT_S)["output"]["status"] == "completed"
+        assert attempts_of(worker, job) == 1
+
+    def test_a_body_that_is_too_large_for_the_platform(self, warm: Warm) -> None:
+        """Refused with a 413, which the SDK takes for a bad day like any other."""
+        queue, worker = warm
+        queue.faults.max_body_bytes = 1000
+        job = queue.submit(TINY)
+        try:
+            queue.wait(lambda: len(queue.posts_of(job, "result")) >= 3, WAIT_S)
+            assert {post.status for post in queue.posts_of(job, "result")} == {413}
+        finally:
+            queue.faults.max_body_bytes = MAX_BODY_BYTES
         queue.deliver_again(job)
         assert queue.result(job, WAIT_S)["output"]["status"] == "completed"
         assert attempts_of(worker, job) == 1
@@ -255,3 +277,19 @@ class TestEnds:
             assert runpod_queue.result(job, WAIT_S)["output"]["status"] == "completed"
         finally:
             second.kill()
+
+    def test_a_gpu_process_beyond_repair_asks_for_another_worker(
+        self, runpod_queue: RunpodQueue, tmp_path: Path
+    ) -> None:
+        """Its torch cannot be imported, however often it is started."""
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "torch.py").write_text("raise ImportError('libcudart is missing')")
+        path = f"{tmp_path / 'broken'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        worker = WorkerProcess(runpod_queue, tmp_path / "data", PYTHONPATH=path)
+        try:
+            body = worker.make(TINY)
+            assert body.pop("stopPod") is True
+            assert error_of(body)["code"] == "gpu_error"
+            assert "libcudart is missing" in worker.said()
+        finally:
+            worker.kill()
