@@ -26,6 +26,7 @@ from typing import Any
 import pip
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/install_torch.py"
@@ -274,12 +275,13 @@ def test_the_oldest_torch_is_the_one_in_pyproject() -> None:
 
 def test_constraints_satisfy_pyproject() -> None:
     """Every package that pyproject.toml names is pinned, at a version that it admits."""
-    pinned = dict(
-        line.lower().split("==")
+    pins = (
+        line.split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     )
+    pinned = {canonicalize_name(name): version for name, version in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
         requirement = Requirement(line)
-        assert requirement.specifier.contains(pinned[requirement.name.lower()]), line
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line

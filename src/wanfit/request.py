@@ -20,6 +20,7 @@ from wanfit.geometry import geometry_of, size_for_image
 from wanfit.specs import ModelSpec, Solver, spec_named
 
 MAX_PROMPT_CHARS = 10_000  # ours: 512 tokens are read; this only bounds the work of tokenizing
+MAX_SHOWN_CHARS = 160  # ours: of what was given, in a message of one line
 MAX_STEPS = 1000  # one step per training timestep; more cannot differ
 SHIFT_RANGE = (0.01, 100.0)  # ours: from where almost all steps see low noise, to high noise
 SEED_LIMIT = 2**63  # official: generate.py draws from [0, sys.maxsize]
@@ -272,6 +273,6 @@ def _first_problem(error: ValidationError) -> str:
 def _shown(value: object) -> str:
     """A short repr on one line of what a stranger sent: however long, deep or huge."""
     try:
-        return reprlib.repr(value)
+        return reprlib.repr(value)[:MAX_SHOWN_CHARS]
     except ValueError:  # Python does not print integers of more than 4300 digits
         return "a number of thousands of digits"

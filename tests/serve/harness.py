@@ -113,7 +113,8 @@ def running(
             outputs.delete(job.result.key)
         return job
 
-    desk = Desk(store, delete)
+    metrics = Metrics()
+    desk = Desk(store, delete, metrics.ended)
     keys = KeyFile(settings.keys_file)
     hall = Hall(
         settings=settings,
@@ -121,7 +122,7 @@ def running(
         door=Door(settings, desk, Guard(parse_allowed(",".join(settings.allowed_targets)))),
         outputs=outputs,
         links=Links(b"s" * 32, outputs, settings.url_s),
-        metrics=Metrics(),
+        metrics=metrics,
         workers=lambda: workers,
     )
     keyring = Keyring(keys, settings.api_key, settings.limits)

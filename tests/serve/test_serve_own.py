@@ -15,7 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.harness import TINY, Running, running, wait_until
-from wanfit.jobs.telemetry import AttemptEnded, JobEnded, ProcessEnded
+from wanfit.jobs.telemetry import AttemptEnded, ProcessEnded
+from wanfit.outputs import LocalOutputs, Variant
 from wanfit.serve.limits import BURST_S, MAX_CALLERS, Buckets
 
 
@@ -286,6 +287,27 @@ class TestFiles:
         assert client.get(f"/v1/jobs/{job}").json()["output_gone"] is True
 
 
+class TestLinks:
+    def test_a_store_with_addresses_of_its_own_is_linked_to_by_them(self, tmp_path: Path) -> None:
+        """As S3 is, which signs them itself (tests/outputs)."""
+
+        class Elsewhere(LocalOutputs):
+            def url(
+                self, key: str, expires_s: int, variant: Variant = "video", name: str | None = None
+            ) -> str | None:
+                return f"https://bucket.example/{key}/{variant}?for={expires_s}&name={name}"
+
+        with running(tmp_path) as server, server.client() as client:
+            outputs = Elsewhere(tmp_path / "outputs")
+            server.hall.links._outputs = outputs
+            job = submit(client)["id"]
+            done = server.finish()
+            assert done.result is not None
+            told = client.get(f"/status/{job}").json()["output"]["video_url"]
+            place = f"https://bucket.example/{done.result.key}"
+            assert told == f"{place}/video?for=3600&name={job}.mp4"
+
+
 class TestHealth:
     def test_alive_and_ready(self, open_server: Running, client: httpx2.Client) -> None:
         assert client.get("/livez").json() == {"status": "alive"}
@@ -300,38 +322,58 @@ class TestHealth:
         finally:
             open_server.hall.door.is_closed = False
 
-    def test_metrics_tell_of_jobs_and_of_what_the_plans_said(
-        self, open_server: Running, client: httpx2.Client
-    ) -> None:
-        def value(name: str, **labels: str) -> float:
-            families = text_string_to_metric_families(client.get("/metrics").text)
-            samples = [sample for family in families for sample in family.samples]
-            return next(
-                (found.value for found in samples if found.name == name
-                 and labels.items() <= found.labels.items()), 0.0,
-            )  # fmt: skip
+    @pytest.fixture
+    def counted(self, tmp_path: Path) -> Iterator[Running]:
+        """A server of which nothing was counted yet."""
+        with running(tmp_path) as server:
+            yield server
 
-        metrics = open_server.hall.metrics
-        job = submit(client)
+    @staticmethod
+    def value(server: Running, name: str, **labels: str) -> float:
+        """Of the first series that has these labels, as Prometheus reads it; 0 where none has."""
+        text = httpx2.get(f"{server.url}/metrics").text
+        samples = [
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
+        ]
+        return next(
+            (found.value for found in samples if found.name == name
+             and labels.items() <= found.labels.items()), 0.0,
+        )  # fmt: skip
+
+    def test_metrics_tell_of_jobs_and_of_what_the_plans_said(self, counted: Running) -> None:
+        def value(name: str, **labels: str) -> float:
+            return self.value(counted, name, **labels)
+
+        metrics = counted.hall.metrics
+        with counted.client() as client:
+            job = submit(client)["id"]
+            client.get(f"/v1/jobs/{job}")
         assert value("wanfit_queue_depth") == 1
-        done = open_server.finish()
-        before = value("wanfit_job_outcomes_total", outcome="completed")
+        assert value("wanfit_queue_seconds") > 0
+        done = counted.finish()
         for _ in range(2):  # told twice, counted once
-            metrics.observe(JobEnded(done, 0.1, 0.2))
+            metrics.ended(done)
         metrics.observe(AttemptEnded(done, "worker_hung"))
         metrics.observe(ProcessEnded("worker_killed"))
-        assert value("wanfit_job_outcomes_total", outcome="completed") == before + 1
-        assert value("wanfit_stage_seconds_count", model="demo", stage="denoise") >= 1
+        assert value("wanfit_job_outcomes_total", outcome="completed") == 1
+        assert value("wanfit_stage_seconds_count", model="demo", stage="denoise") == 1
         assert value("wanfit_steps_per_second", model="demo") == 2 / 0.5
         labels = {"model": "demo", "stage": "denoise", "memory": "host"}
         assert value("wanfit_stage_peak_bytes", kind="measured", **labels) == 9
         assert value("wanfit_stage_peak_bytes", kind="predicted", **labels) == 10
         assert value("wanfit_attempts_lost_total", why="worker_hung") == 1
         assert value("wanfit_worker_deaths_total", code="worker_killed") == 1
-        client.get(f"/v1/jobs/{job['id']}")
         route = "/v1/jobs/{job_id}"
-        assert value("wanfit_http_requests_total", route=route, status="200") >= 1
-        assert job["id"] not in client.get("/metrics").text, "ids would make endless series"
+        assert value("wanfit_http_requests_total", route=route, status="200") == 1
+        text = httpx2.get(f"{counted.url}/metrics").text
+        assert job not in text, "ids would make endless series"
+
+    def test_a_job_that_never_ran_counts_too(self, counted: Running) -> None:
+        """Whoever ended it: here the client, while it waited."""
+        with counted.client() as client:
+            client.post(f"/v1/jobs/{submit(client)['id']}/cancel")
+        labels = {"outcome": "cancelled"}
+        wait_until(lambda: self.value(counted, "wanfit_job_outcomes_total", **labels) == 1, 5)
 
     def test_the_description_of_the_server_and_its_page_need_no_network(
         self, client: httpx2.Client

@@ -30,16 +30,19 @@ def silent_leases(connection: sa.Connection, watch: Stillness, lease_s: float) -
 
 
 def passed_deadlines(connection: sa.Connection, watch: Stillness, now_s: float) -> list[str]:
-    """The waiting jobs whose deadline has passed."""
-    query = sa.select(jobs.c.id, jobs.c.deadline_s).where(
-        jobs.c.state == "queued", jobs.c.deadline_s.is_not(None)
+    """The waiting jobs whose deadline has passed.
+
+    Running ones are watched too: one that comes back into the queue has been seen before a jump.
+    """
+    query = sa.select(jobs.c.id, jobs.c.deadline_s, jobs.c.state).where(
+        jobs.c.state.in_(("queued", "running")), jobs.c.deadline_s.is_not(None)
     )
-    waiting = connection.execute(query).all()
-    watch.forget_others(job_id for job_id, _ in waiting)
+    watched = connection.execute(query).all()
+    watch.forget_others(job_id for job_id, _, _ in watched)
     return [
         job_id
-        for job_id, deadline_s in waiting
-        if watch.is_over(job_id, deadline_s, left_s(deadline_s, now_s))
+        for job_id, deadline_s, state in watched
+        if watch.is_over(job_id, deadline_s, left_s(deadline_s, now_s)) and state == "queued"
     ]
 
 

@@ -7,8 +7,10 @@ clip is the result of a job (the job store says that: a late attempt may keep a 
 Nothing here imports torch; boto3 is imported where it is used.
 """
 
+import logging
 from pathlib import Path
 
+from wanfit.errors import StoreGone
 from wanfit.outputs.bucket import Bucket, Credentials, Place
 from wanfit.outputs.local import LocalOutputs
 from wanfit.outputs.store import (
@@ -57,12 +59,16 @@ def open_store(
 
     s3_credentials: of the bucket; None: those that the environment has for every client of S3.
 
-    Raises BadSetting for what cannot be, StoreFailed when the bucket does not take a file now.
+    Raises BadSetting for what cannot be, StoreRefused when the bucket does not take a file. One
+    that does not answer now may answer soon: clips wait in `spool`, and the log says so.
     """
     if not place.startswith("s3:"):
         return LocalOutputs(Path(place).expanduser(), retention)
     from wanfit.outputs.s3 import S3Outputs
 
     bucket = Bucket(Place.parse(place, s3_endpoint), s3_credentials)
-    bucket.check()
+    try:
+        bucket.check()
+    except StoreGone as error:
+        logging.getLogger(__name__).error("%s", error)
     return S3Outputs(bucket, spool, retention)

@@ -1,7 +1,7 @@
 """The job store for asynchronous code: each call in a thread, and news of jobs as they come.
 
-A look-up takes a fifth of a millisecond on SQLite, a commit may take the disk's time, and a
-Postgres may be far away: none of them may hold up the loop that answers everybody else.
+A look-up is quick on SQLite, a commit takes the disk's time, and a Postgres may be far away: none
+of them may hold up the loop that answers everybody else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from wanfit.errors import WanfitError
 from wanfit.jobs.job import (
     ID_PATTERN,
     Job,
@@ -39,10 +40,19 @@ T = TypeVar("T")
 class Desk:
     """One per server. `owner` is the id of an API key; only its jobs are seen by it."""
 
-    def __init__(self, store: JobStore, delete: Callable[[str, str], Job]) -> None:
-        """delete: deletes a job of an owner, files and all (`Supervisor.delete`)."""
+    def __init__(
+        self,
+        store: JobStore,
+        delete: Callable[[str, str], Job],
+        ended: Callable[[Job], None] = lambda job: None,
+    ) -> None:
+        """delete: deletes a job of an owner, files and all (`Supervisor.delete`). ended: told of
+        every job that is over, whoever ended it; of one more than once."""
         self.store = store
         self._delete = delete
+        self._tell_ended = ended
+        self._changed: set[str] = set()  # since the last look
+        self._looking: asyncio.Task[None] | None = None
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self._file_readers = ThreadPoolExecutor(FILE_READERS, thread_name_prefix="file")
@@ -55,9 +65,12 @@ class Desk:
         """Begins to hear of changes, in the loop that is running."""
         self._loop = asyncio.get_running_loop()
         self._stop_listening = self.store.listen(self._heard)
+        self._looking = self._loop.create_task(self._look_for_ends())
 
     def close(self) -> None:
         self._stop_listening()
+        if self._looking is not None:
+            self._looking.cancel()
         for pool in (self._readers, self._file_readers):
             pool.shutdown(wait=False, cancel_futures=True)
         self._writers.shutdown(wait=True)
@@ -165,11 +178,22 @@ class Desk:
 
     def _heard(self, job_id: str) -> None:
         """Called in whatever thread made a change."""
-        if job_id in self._waiting and self._loop is not None:
+        if self._loop is not None:
             with suppress(RuntimeError):  # the loop has ended, and nobody waits in it
                 self._loop.call_soon_threadsafe(self._wake, job_id)
 
+    async def _look_for_ends(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            changed, self._changed = self._changed, set()
+            for job_id in changed:
+                try:
+                    self._tell_ended(await self.read(self.store.get, job_id))
+                except WanfitError:  # deleted meanwhile, or the database is busy
+                    continue
+
     def _wake(self, job_id: str) -> None:
+        self._changed.add(job_id)
         for event in self._waiting.get(job_id, ()):
             event.set()
 

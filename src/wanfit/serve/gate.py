@@ -134,6 +134,8 @@ class Gate:
         self._body_bytes += room_bytes
         try:
             body = await self._body(receive, announced)
+            self._body_bytes -= room_bytes - len(body)  # a reply may take minutes
+            room_bytes = len(body)
             await self._app(scope, _again(body, receive), reply)
         finally:
             self._body_bytes -= room_bytes

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from wanfit.jobs.job import Job, State
-from wanfit.jobs.telemetry import AttemptEnded, JobEnded, Observation, ProcessEnded
+from wanfit.jobs.telemetry import AttemptEnded, Observation, ProcessEnded
 
 SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1200, 3600)  # of a stage: demo to 14B
 HTTP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 100)
@@ -76,8 +76,6 @@ class Metrics:
     def observe(self, observation: Observation) -> None:
         """What the supervisor tells."""
         match observation:
-            case JobEnded(job=job):
-                self.ended(job)
             case AttemptEnded(why=why):
                 self._retries.labels(why).inc()
             case ProcessEnded(code=code):

@@ -22,7 +22,7 @@ from wanfit.outputs import Variant
 from wanfit.plan.machine import machine_to_json
 from wanfit.plan.show import plan_json
 from wanfit.serve import describe
-from wanfit.serve.bodies import only_picture, read_object
+from wanfit.serve.bodies import digest_of, only_picture, read_object
 from wanfit.serve.door import Asked
 from wanfit.serve.files import send_file
 from wanfit.serve.hall import caller_of, hall_of
@@ -88,7 +88,7 @@ async def submit(request: Request) -> JSONResponse:
     """Accepts a clip. 200 where the Idempotency-Key came before: the first job again."""
     hall = hall_of(request)
     body = await read_object(request)
-    said = json.dumps(body, sort_keys=True)
+    said = digest_of(body)
     pictures = {name: body.pop(name) for name in describe.IMAGE_FIELDS if name in body}
     priority = body.pop("priority", 0)
     timeout_s, webhook = body.pop("timeout_s", None), body.pop("webhook", None)
@@ -103,7 +103,7 @@ async def submit(request: Request) -> JSONResponse:
         picture=only_picture(pictures),
         priority=priority,
         idempotency_key=key,
-        body_hash=None if key is None else said,
+        body_hash=said,
         timeout_s=timeout_s,
         webhook=webhook,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 import threading
@@ -92,7 +93,7 @@ class _Parts:
             observe=self.metrics.observe,
         )
         guard = Guard(parse_allowed(",".join(settings.allowed_targets)))
-        desk = Desk(self.store, self.supervisor.delete)
+        desk = Desk(self.store, self.supervisor.delete, self.metrics.ended)
         links = Links(read_secret(settings.data / "link-secret"), self.outputs, settings.url_s)
         self.hall = Hall(
             settings=settings,
@@ -150,6 +151,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(signal.SIGHUP, self.handle_exit)
         assert sockets
         address = _address(sockets[0])
         print(f"wanfit serves at {address}", file=sys.stderr, flush=True)  # noqa: T201

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from wanfit.errors import WanfitError
 from wanfit.jobs.job import Job, new_id
 from wanfit.serve import describe
-from wanfit.serve.bodies import Picture, read_form, read_object
+from wanfit.serve.bodies import Picture, digest_of, read_form, read_object
 from wanfit.serve.door import Asked
 from wanfit.serve.files import send_file
 from wanfit.serve.hall import Hall, caller_of, hall_of
@@ -189,7 +189,8 @@ async def remix(request: Request, video_id: JobId) -> JSONResponse:
         picture=None if image is None else Picture(data=image),
         seconds=source.extra.get("seconds"),
     )
-    asked = _asked(order, f"remix {source.id} {body['prompt']}", request, remixed_from=source.id)
+    digest = digest_of({"remix": source.id, **body})
+    asked = _asked(order, digest, request, remixed_from=source.id)
     return await _video_response(hall, request, await _admit(hall, request, asked))
 
 
