@@ -4,6 +4,7 @@ An edge: it reads arguments and the environment, draws progress, and maps errors
 
     0 done · 1 our fault · 2 bad request · 3 does not fit: memory or disk
     4 weights missing or broken · 5 interrupted · 6 the hub did not give the model
+    7 the store of clips did not take one · 8 a machine that cannot do the work
 
 stdout carries the result only: the path of the clip, or with --json one JSON object (the report,
 or {"error": {"code", "message", "hint"}}). Everything else goes to stderr, an error as one line.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from wanfit.commands import Interrupted, checkpoints, keys, say_json, serve
+from wanfit.commands import Interrupted, checkpoints, doctor, keys, say_json, serve, worker
 from wanfit.errors import (
     BadRequest,
     DownloadFailed,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from wanfit.report import Report
 
 EXIT_OUR_FAULT, EXIT_BAD_REQUEST, EXIT_NO_ROOM, EXIT_WEIGHTS = 1, 2, 3, 4
-EXIT_INTERRUPTED, EXIT_DOWNLOAD, EXIT_STORE = 5, 6, 7
+EXIT_INTERRUPTED, EXIT_DOWNLOAD, EXIT_STORE, EXIT_UNFIT = 5, 6, 7, doctor.EXIT_UNFIT
 TRACEBACK_VARIABLE = "WANFIT_TRACEBACK"  # 1: an unexpected error prints its traceback
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -353,4 +354,6 @@ app.command()(checkpoints.models)
 app.command()(checkpoints.pull)
 app.command()(checkpoints.convert)
 app.command()(serve.serve)
+app.command()(doctor.doctor)
 app.add_typer(keys.app, name="keys")
+app.add_typer(worker.app, name="worker")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanfit.engine.weights.search import Findings, Found, command_for
 from wanfit.engine.weights.shelf import network_title
-from wanfit.errors import WanfitError
-from wanfit.plan.amounts import show_bytes
-from wanfit.plan.machine import Machine, read_machine
-from wanfit.plan.plan import Precision
-from wanfit.plan.planner import make_plan
-from wanfit.request import VideoRequest, resolve
+from wanfit.plan.machine import read_machine
+from wanfit.plan.verdict import Verdict, verdict
 from wanfit.specs import DEMO, MODELS, ModelSpec
 
 if TYPE_CHECKING:
@@ -22,44 +17,6 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS = 100  # ours: a file or a pipe has no width
 MOST_UNREAD = 20  # lines; --json lists all
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a model runs here at its default size."""
-
-    fits: bool
-    words: str  # "24.1 GiB of GPU memory", or by how much it does not
-    device: str | None
-    device_peak_bytes: int | None
-    host_peak_bytes: int | None
-
-    @property
-    def line(self) -> str:
-        """For people."""
-        return f"fits, {self.words}" if self.fits else f"no: {self.words}"
-
-
-def verdict(spec: ModelSpec, machine: Machine, stored: Precision | None) -> Verdict:
-    """The planner's answer for the model's default clip. `stored`: precision of a store."""
-    request = resolve(
-        VideoRequest(prompt="", model=spec.name),
-        spec,
-        image_size=(spec.sampling.width, spec.sampling.height) if spec.needs_image else None,
-    )
-    try:
-        plan = make_plan(request, machine, with_image=spec.needs_image, weights_precision=stored)
-    except WanfitError as error:
-        return Verdict(False, error.message, None, None, None)
-    peak = plan.device_peak_bytes if plan.device == "cuda" else plan.host_peak_bytes
-    where = "of GPU memory" if plan.device == "cuda" else "of RAM, on the CPU"
-    return Verdict(
-        True,
-        f"{show_bytes(peak)} {where}",
-        plan.device,
-        plan.device_peak_bytes if plan.device == "cuda" else None,
-        plan.host_peak_bytes,
-    )
 
 
 def listing_json(findings: Findings, checked: Mapping[Path, str]) -> dict[str, Any]:

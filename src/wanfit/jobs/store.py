@@ -69,6 +69,11 @@ class JobStore:
         self._pace = (-PACE_AGE_S, 1.0)  # (moment of asking, answer)
         self._database = Database(url, busy_s=busy_s, wall_s=wall_s)
 
+    @property
+    def is_of_one_host(self) -> bool:
+        """Whether every worker of this database runs on this machine: SQLite."""
+        return self._database.is_of_one_host
+
     def close(self) -> None:
         self._database.close()
 

@@ -72,3 +72,4 @@ class WorkerStatus:
     restarts: int  # GPU processes that had to be replaced
     last_end: str | None  # why the last of them ended
     rss_bytes: int | None  # of the GPU process
+    failed_starts: int = 0  # of it, one after the other, up to now

@@ -37,7 +37,7 @@ class WarmProcess:
         self._ready_s = ready_s
         self._observe = observe
         self._ends = ends
-        self._failed_starts = 0
+        self.failed_starts = 0  # one after the other
         self._process: GpuProcess | None = None
 
     @property
@@ -67,19 +67,19 @@ class WarmProcess:
             self.look()
         elif process is not None:
             return process
-        self.trouble = "failing" if self._failed_starts else "starting"
-        wait_s = START_WAITS_S[min(self._failed_starts, len(START_WAITS_S) - 1)]
+        self.trouble = "failing" if self.failed_starts else "starting"
+        wait_s = START_WAITS_S[min(self.failed_starts, len(START_WAITS_S) - 1)]
         if nap(wait_s, self._ends):
             return None
         started = self._process = self._start()
         if self._is_ready(started):
-            self._failed_starts = 0
+            self.failed_starts = 0
             self.trouble = None
             return started
         started.kill()
         self._process = None
         if not self._ends():
-            self._failed_starts += 1
+            self.failed_starts += 1
             self.last_end = "start_failed"
             log.error("the GPU process does not start:\n%s", started.last_lines())
         return None

@@ -101,6 +101,7 @@ class Worker(threading.Thread):
             restarts=warm.restarts,
             last_end=warm.last_end,
             rss_bytes=warm.rss_bytes,
+            failed_starts=warm.failed_starts,
         )
 
     def run(self) -> None:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from wanfit.errors import StoreGone
+from wanfit.outputs.bucket import Bucket, Credentials, Place
 from wanfit.outputs.local import LocalOutputs
 from wanfit.outputs.store import (
     FILE_NAMES,
@@ -29,10 +30,13 @@ from wanfit.outputs.store import (
 __all__ = [
     "FILE_NAMES",
     "Body",
+    "Bucket",
+    "Credentials",
     "Kept",
     "KeptFile",
     "LocalOutputs",
     "OutputStore",
+    "Place",
     "Retention",
     "Stored",
     "Swept",
@@ -44,19 +48,25 @@ __all__ = [
 
 
 def open_store(
-    place: str, *, spool: Path, retention: Retention, s3_endpoint: str | None = None
+    place: str,
+    *,
+    spool: Path,
+    retention: Retention,
+    s3_endpoint: str | None = None,
+    s3_credentials: Credentials | None = None,
 ) -> OutputStore:
     """The store that a setting names: a directory, or s3://BUCKET/PREFIX by way of `spool`.
+
+    s3_credentials: of the bucket; None: those that the environment has for every client of S3.
 
     Raises BadSetting for what cannot be, StoreRefused when the bucket does not take a file. One
     that does not answer now may answer soon: clips wait in `spool`, and the log says so.
     """
     if not place.startswith("s3:"):
         return LocalOutputs(Path(place).expanduser(), retention)
-    from wanfit.outputs.bucket import Bucket, Place
     from wanfit.outputs.s3 import S3Outputs
 
-    bucket = Bucket(Place.parse(place, s3_endpoint))
+    bucket = Bucket(Place.parse(place, s3_endpoint), s3_credentials)
     try:
         bucket.check()
     except StoreGone as error:

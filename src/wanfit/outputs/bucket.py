@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _PREFIX = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in which bucket. Credentials are of the environment, as every client of S3 has them."""
+    """Where in which bucket."""
 
     bucket: str
     prefix: str  # "" or "a/b/"
@@ -52,6 +52,15 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Credentials:
+    """Whom a bucket lets in. Without them: those of the environment (AWS_ACCESS_KEY_ID, ...)."""
+
+    key_id: str
+    secret: str = field(repr=False)
+    region: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Object:
     """One object, by its name without the prefix."""
 
@@ -63,7 +72,7 @@ class Object:
 class Bucket:
     """Raises BadSetting when the environment has no credentials, or half of them."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, given: Credentials | None = None) -> None:
         import boto3  # type: ignore[import-untyped]
         from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
         from botocore.config import Config  # type: ignore[import-untyped]
@@ -71,7 +80,11 @@ class Bucket:
 
         self.place = place
         try:
-            session = boto3.Session()
+            session = boto3.Session(**({} if given is None else {
+                "aws_access_key_id": given.key_id,
+                "aws_secret_access_key": given.secret,
+                "region_name": given.region,
+            }))  # fmt: skip
             credentials = session.get_credentials()
             self._client = session.client(
                 "s3",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -159,6 +160,16 @@ class Desk:
                 await _either(changed, LOOK_AGAIN_S)
                 job = await self.get(job.id, job.owner)
 
+    async def watch(self, job: Job) -> AsyncGenerator[Job, None]:
+        """The job at each change, and once a second at least, to its end."""
+        with self._listening(job.id) as changed:
+            while True:
+                job = await self.get(job.id, job.owner)
+                yield job
+                if job.is_final or self._ended:
+                    return
+                await _either(changed, LOOK_AGAIN_S)
+
     def end_waiting(self) -> None:
         """Ends all that waits for a job: the server closes."""
         self._ended = True
@@ -167,8 +178,9 @@ class Desk:
 
     def _heard(self, job_id: str) -> None:
         """Called in whatever thread made a change."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, job_id)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits in it
+                self._loop.call_soon_threadsafe(self._wake, job_id)
 
     async def _look_for_ends(self) -> None:
         while True:

@@ -67,9 +67,14 @@ def _flag(given: object) -> bool:
     )
 
 
-def read_envelope(body: Mapping[str, Any], order: Order, job_id: str) -> Asked:
-    """What stands beside `input`. Raises Problem."""
-    if body.get("s3Config"):
+def read_envelope(
+    body: Mapping[str, Any], order: Order, job_id: str, *, takes_bucket: bool = False
+) -> Asked:
+    """What stands beside `input`. takes_bucket: whether the caller sees to `s3Config` itself.
+
+    Raises Problem.
+    """
+    if body.get("s3Config") and not takes_bucket:
         raise Problem(
             400, "unsupported", "This server does not write to a client's bucket",
             hint="Leave s3Config out, and fetch the clip from its address", param="s3Config",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanfit.jobs.job import Job
+from wanfit.outputs import Kept, OutputStore
 from wanfit.serve.hall import Hall
 from wanfit.serve.views import Seen, error_json, queue_json, report_json
 
@@ -41,7 +42,11 @@ def status_json(view: Seen, job_id: str, video_base64: str | None = None) -> dic
     if job.attempts > 1:
         told["retries"] = job.attempts - 1
     if job.state == "completed":
-        told["output"] = _output(view, job_id, video_base64)
+        video = (
+            {"video_url": view.urls.get("video")} if video_base64 is None
+            else {"video_base64": video_base64}
+        )  # fmt: skip
+        told["output"] = output_json(job, job_id, video)
     elif job.state == "running":
         told["output"] = {
             "percent": round(job.percent, 2), "stage": job.stage, "step": job.step,
@@ -54,13 +59,10 @@ def status_json(view: Seen, job_id: str, video_base64: str | None = None) -> dic
     return told
 
 
-def _output(view: Seen, job_id: str, video_base64: str | None) -> dict[str, Any]:
-    job, result = view.job, view.job.result
+def output_json(job: Job, job_id: str, video: Mapping[str, str | None]) -> dict[str, Any]:
+    """The output of a completed job. `video`: the clip as `video_url` or as `video_base64`."""
+    result = job.result
     assert result is not None
-    video = (
-        {"video_url": view.urls.get("video")} if video_base64 is None
-        else {"video_base64": video_base64}
-    )  # fmt: skip
     return {
         "request_id": job_id,
         "status": "completed",
@@ -86,10 +88,12 @@ async def base64_of(hall: Hall, job: Job) -> str | None:
     if result is None or job.output_gone or result.num_bytes > MAX_BASE64_BYTES:
         return None
 
-    def read() -> bytes:
-        return b"".join(hall.outputs.open(result.key).pieces)
+    return await hall.desk.read_file(read_base64, hall.outputs, result)
 
-    return base64.b64encode(await hall.desk.read_file(read)).decode()
+
+def read_base64(outputs: OutputStore, result: Kept) -> str:
+    """A kept clip as base64. Raises NotKept, StoreFailed."""
+    return base64.b64encode(b"".join(outputs.open(result.key).pieces)).decode()
 
 
 def status_of(job: Job) -> str:
