@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.runpod.workers import WorkerProcess
+from wanfit.testing.fixtures import runpod_queue  # noqa: F401  for the tests here
 from wanfit.testing.runpod_queue import RunpodQueue
-
-pytest_plugins = ["wanfit.testing.fixtures"]
 
 
 @pytest.fixture(scope="module")
