@@ -35,7 +35,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.demo_quality import Maker, Outcome, Settings, Task, all_tasks, do_all, psnr_db
+from benchmarks.demo_quality import (
+    Maker,
+    Outcome,
+    Settings,
+    Task,
+    all_tasks,
+    do_all,
+    percent_right,
+    psnr_db,
+)
 from training import command
 from wanfit.engine.weights.convert import convert_model
 from wanfit.engine.weights.locate import locate
@@ -97,20 +106,12 @@ def compare(name: str, made: Sequence[Outcome], exact: Sequence[Outcome], *, tim
         for frame, reference in zip(_frames(one), _frames(other), strict=True)
     ]
     itself = made is exact
-    objects = [o for outcome in made for o in outcome.score.objects]
-    marks = {
-        "background": [outcome.score.background for outcome in made],
-        "colour": [o.color for o in objects],
-        "shape": [o.shape for o in objects],
-        "motion": [o.motion for o in objects if o.motion is not None],
-        "all right": [outcome.right for outcome in made],
-    }
     seconds = [median(o.elapsed_s for o in outcomes) for outcomes in (made, exact)]
     return Row(
         name=name,
         mean_db=None if itself else mean(by_frame),
         worst_db=None if itself else min(by_frame),
-        right={name: 100 * sum(values) / max(1, len(values)) for name, values in marks.items()},
+        right=percent_right(made),
         relative_s=seconds[0] / seconds[1] if timed else None,
     )
 

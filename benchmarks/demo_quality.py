@@ -290,6 +290,19 @@ class Maker:
         return np.concatenate([decoded_to_uint8(chunk) for chunk in vae.decode(latents)])
 
 
+def percent_right(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Of clips and of the objects in them, by what is judged: for short tables."""
+    objects = [o for outcome in outcomes for o in outcome.score.objects]
+    marks = {
+        "background": [outcome.score.background for outcome in outcomes],
+        "colour": [o.color for o in objects],
+        "shape": [o.shape for o in objects],
+        "motion": [o.motion for o in objects if o.motion is not None],
+        "all right": [outcome.right for outcome in outcomes],
+    }
+    return {name: 100 * sum(values) / max(1, len(values)) for name, values in marks.items()}
+
+
 _maker: Maker | None = None  # of a worker process
 
 

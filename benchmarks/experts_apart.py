@@ -22,6 +22,7 @@ from benchmarks.demo_quality import (
     Settings,
     all_tasks,
     do_all,
+    percent_right,
     psnr_figures,
     read_experts,
 )
@@ -38,15 +39,7 @@ ARRANGEMENTS = {  # who denoises above the boundary, and who below
 
 def shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Percent of clips and objects, as `demo_quality` counts them."""
-    objects = [o for outcome in outcomes for o in outcome.score.objects]
-    marks = {
-        "background": [outcome.score.background for outcome in outcomes],
-        "colour": [o.color for o in objects],
-        "shape": [o.shape for o in objects],
-        "motion": [o.motion for o in objects if o.motion is not None],
-        "all right": [outcome.right for outcome in outcomes],
-    }
-    found = {name: 100 * sum(values) / max(1, len(values)) for name, values in marks.items()}
+    found = percent_right(outcomes)
     firsts = [o.first_frame_psnr_db for o in outcomes if o.first_frame_psnr_db is not None]
     if firsts:
         found["first frame, dB"] = psnr_figures("first", "", firsts)[0].value

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from training import shapes
 from training.analyser import ClipScore, analyse, expected, score
-from training.pool import image_channels, image_latents
+from training.pool import image_latents
+from wanfit.engine.condition import image_channels
 from wanfit.engine.denoise import expert_at
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5

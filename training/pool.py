@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training import shapes
+from wanfit.engine.condition import image_channels
 from wanfit.engine.models.vae import Vae
 from wanfit.geometry import geometry_of
 from wanfit.specs import ModelSpec
@@ -102,14 +103,6 @@ class Pool:
 def image_latents(vae: Vae, first: Tensor, frames: int) -> Tensor:
     """What I2V's encoder makes of first frames [B, 3, 1, H, W] px and grey ones after them."""
     return vae.mean(F.pad(first, (0, 0, 0, 0, 0, frames - 1)), None, first=True)
-
-
-def image_channels(images: Tensor, stride_frames: int) -> Tensor:
-    """I2V's channels [B, 4 + C, T, H, W] of `image_latents`, as `condition_on` joins them."""
-    batch, _, *grid = images.shape
-    given = torch.zeros(batch, stride_frames, *grid, device=images.device, dtype=images.dtype)
-    given[:, :, 0] = 1
-    return torch.cat([given, images], dim=1)
 
 
 def emptied(ids: Tensor, mask: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,4 +121,4 @@ class TestDoctor:
         assert answer is not None
         assert answer.status == "bad"
         assert "12.2" in answer.found
-        assert check_driver(Driver("580.1", (13, 0)), (13, 0)).status == "ok"  # type: ignore
+        assert check_driver(Driver("580.1", (13, 0)), (13, 0)).status == "ok"

@@ -16,10 +16,10 @@ from torch import Tensor
 from training import checkpoint, shapes, train_vae
 from training.evaluate import FROM_IMAGE, FROM_TEXT, Networks, Trial, evaluate
 from training.noise import noise_of
-from training.pool import Pool, View, image_channels, image_latents
+from training.pool import Pool, View, image_latents
 from training.train_dit import Trainer
 from training.train_experts import STAGES, run_stage, with_channels
-from wanfit.engine.condition import condition_on
+from wanfit.engine.condition import condition_on, image_channels
 from wanfit.engine.models.dit import Dit
 from wanfit.engine.models.umt5 import Umt5
 from wanfit.engine.models.vae import Vae

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from wanfit.doctor.torch_build import TorchBuild
 from wanfit.errors import WanfitError
 from wanfit.plan.amounts import show_bytes
-from wanfit.plan.machine import Machine
+from wanfit.plan.machine import Machine, begin_nvml
 
 Status = Literal["ok", "note", "bad"]  # bad: the work cannot be done
 
@@ -43,18 +43,13 @@ def read_driver() -> Driver | None:
     import pynvml  # type: ignore[import-untyped]
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
+        begin_nvml()
         number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         return Driver(
             str(pynvml.nvmlSystemGetDriverVersion()), (number // 1000, number % 1000 // 10)
         )
     except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def check_gpu(machine: Machine, driver: Driver | None, *, needed: bool) -> Check:
@@ -74,10 +69,8 @@ def check_gpu(machine: Machine, driver: Driver | None, *, needed: bool) -> Check
     )  # fmt: skip
 
 
-def check_driver(driver: Driver | None, cuda: tuple[int, int] | None) -> Check | None:
-    """cuda: of torch's build. None: there is nothing to compare."""
-    if driver is None:
-        return None
+def check_driver(driver: Driver, cuda: tuple[int, int] | None) -> Check:
+    """cuda: of torch's build; None: there is nothing to compare."""
     newest = f"{driver.cuda[0]}.{driver.cuda[1]}"
     found = f"{driver.version}, for CUDA up to {newest}"
     # CUDA's minor version compatibility: a driver runs every CUDA of its own major version.

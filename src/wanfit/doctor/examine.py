@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -104,22 +104,15 @@ def examine(settings: Settings, *, for_worker: bool, with_torch: bool = True) ->
     checks.append(check_disk(settings.data, settings.min_free_bytes))
     if for_worker:
         checks.append(_check_model(settings, models, findings))
-    if driver is not None and (versioned := check_driver(driver, None)) is not None:
-        checks.append(versioned)
-    if with_torch and not any(check.status == "bad" for check in checks):
-        build = ask_torch()
-        alone = machine if settings.device != "cpu" else _without_gpu(machine)
-        checks.append(check_torch(build, alone))
-        if alone.gpu is not None and (compared := check_driver(driver, build.cuda)) is not None:
-            checks[-2:] = [compared, checks[-1]]
+    is_well = not any(check.status == "bad" for check in checks)
+    build = ask_torch() if with_torch and is_well else None
+    used = machine if settings.device != "cpu" else replace(machine, gpu=None, capability=None)
+    if driver is not None:
+        checks.append(check_driver(driver, build.cuda if build and used.gpu else None))
+    if build is not None:
+        checks.append(check_torch(build, used))
     searched = tuple((one.place.path, one.exists) for one in findings.places)
     return Diagnosis(tuple(checks), models, machine, searched)
-
-
-def _without_gpu(machine: Machine) -> Machine:
-    from dataclasses import replace
-
-    return replace(machine, gpu=None, capability=None)
 
 
 def _model_here(spec: ModelSpec, findings: Findings) -> ModelHere:

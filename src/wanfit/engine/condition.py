@@ -54,11 +54,18 @@ def condition_on(
     if task == "ti2v":
         return Condition(first_frame=vae.encode(frame, tile_px=tile_px))
     latents = vae.encode(_grey_after(frame, geometry.num_frames), tile_px=tile_px)
-    # One channel for each pixel frame of a latent frame, 1 where the frame is given. The first
-    # latent frame stands for one pixel frame, counted four times.
-    given = torch.zeros(1, vae.spec.stride_frames, *latents.shape[2:], device=latents.device)
+    return Condition(channels=image_channels(latents, vae.spec.stride_frames))
+
+
+def image_channels(latents: Tensor, stride_frames: int) -> Tensor:
+    """I2V's channels [B, 4 + C, T, H, W] from the latents of clips that begin with an image.
+
+    One channel for each pixel frame of a latent frame, 1 where the frame is given. The first latent
+    frame stands for one pixel frame, counted four times.
+    """
+    given = latents.new_zeros(latents.shape[0], stride_frames, *latents.shape[2:])
     given[:, :, 0] = 1
-    return Condition(channels=torch.cat([given, latents], dim=1))
+    return torch.cat([given, latents], dim=1)
 
 
 def _grey_after(frame: Tensor, num_frames: int) -> Tensor:

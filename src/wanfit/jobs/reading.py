@@ -66,6 +66,14 @@ def counts(connection: sa.Connection, owner: str | None) -> dict[State, int]:
     return {state: found.get(state, 0) for state in STATES}
 
 
+def queued(connection: sa.Connection, owner: str | None) -> list[Job]:
+    """The newest first, which is claimed last."""
+    query = sa.select(jobs).where(_visible, jobs.c.state == "queued").order_by(jobs.c.seq.desc())
+    if owner is not None:
+        query = query.where(jobs.c.owner == owner)
+    return [job_of(row) for row in connection.execute(query).mappings()]
+
+
 def waiting_s(connection: sa.Connection) -> float:
     """Seconds by the plans of all that waits."""
     query = sa.select(sa.func.sum(jobs.c.expected_s)).where(jobs.c.state == "queued")

@@ -39,9 +39,8 @@ from wanfit.jobs.liveness import is_dead
 from wanfit.jobs.schema import jobs
 from wanfit.outputs import Kept
 
-LEASE_S = (
-    30.0  # ours: fifteen heartbeats of a worker; a stalled disk takes seconds, not half a minute
-)
+# Ours: fifteen heartbeats of a worker; a stalled disk takes seconds, not half a minute.
+LEASE_S = 30.0
 PACE_AGE_S = 10.0  # ours: for how long the pace of the newest jobs is good
 
 
@@ -162,6 +161,11 @@ class JobStore:
         """How many jobs are in each state, deleted ones left out."""
         with self._database.read() as connection:
             return reading.counts(connection, owner)
+
+    def queued(self, owner: str | None = None) -> list[Job]:
+        """The jobs that wait, the newest first."""
+        with self._database.read() as connection:
+            return reading.queued(connection, owner)
 
     def waiting_s(self) -> float:
         """Seconds of work in the queue, by the plans."""

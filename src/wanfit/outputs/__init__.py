@@ -53,11 +53,8 @@ def open_store(
     spool: Path,
     retention: Retention,
     s3_endpoint: str | None = None,
-    s3_credentials: Credentials | None = None,
 ) -> OutputStore:
     """The store that a setting names: a directory, or s3://BUCKET/PREFIX by way of `spool`.
-
-    s3_credentials: of the bucket; None: those that the environment has for every client of S3.
 
     Raises BadSetting for what cannot be, StoreRefused when the bucket does not take a file. One
     that does not answer now may answer soon: clips wait in `spool`, and the log says so.
@@ -66,7 +63,7 @@ def open_store(
         return LocalOutputs(Path(place).expanduser(), retention)
     from wanfit.outputs.s3 import S3Outputs
 
-    bucket = Bucket(Place.parse(place, s3_endpoint), s3_credentials)
+    bucket = Bucket(Place.parse(place, s3_endpoint))
     try:
         bucket.check()
     except StoreGone as error:

@@ -184,7 +184,7 @@ def _read_gpu() -> dict[str, Any]:
     import pynvml  # type: ignore[import-untyped]
 
     try:
-        _begin_nvml()
+        begin_nvml()
         handle = _first_visible(pynvml)
         return _no_gpu() if handle is None else _describe_gpu(pynvml, handle)
     except pynvml.NVMLError:
@@ -192,8 +192,11 @@ def _read_gpu() -> dict[str, Any]:
 
 
 @cache
-def _begin_nvml() -> None:
-    """Once per process, and never ended: a warm process reads its machine before every clip."""
+def begin_nvml() -> None:
+    """Once per process, and never ended: a warm process reads its machine before every clip.
+
+    Raises pynvml.NVMLError where there is no driver, and tries again when it is called again.
+    """
     import pynvml
 
     pynvml.nvmlInit()

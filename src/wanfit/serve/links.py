@@ -16,7 +16,7 @@ from pathlib import Path
 
 from wanfit.errors import BadSetting
 from wanfit.jobs.job import Job
-from wanfit.outputs import OutputStore, Variant
+from wanfit.outputs import FILE_NAMES, OutputStore, Variant
 from wanfit.serve.problems import Problem
 from wanfit.settings import Settings
 from wanfit.webhooks import Secret
@@ -86,5 +86,4 @@ def webhook_secret(settings: Settings) -> Secret:
 
 def file_name(job: Job, variant: Variant) -> str:
     """What a browser calls the file: made of the job's id alone."""
-    endings = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg", "metadata": "json"}
-    return f"{job.id}.{endings[variant]}"
+    return f"{job.id}{Path(FILE_NAMES[variant]).suffix}"

@@ -15,19 +15,15 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from wanfit.errors import BadSetting
-from wanfit.fetch import Guard, parse_allowed
 from wanfit.jobs.job import Notice
 from wanfit.jobs.store import JobStore
 from wanfit.jobs.supervisor import Supervisor
-from wanfit.jobs.wire import Engine
-from wanfit.outputs import OutputStore, Retention, open_store
 from wanfit.serve.app import create_app
 from wanfit.serve.desk import Desk
 from wanfit.serve.door import Door
@@ -36,6 +32,7 @@ from wanfit.serve.keys import KeyFile, Keyring
 from wanfit.serve.links import Links, read_secret, webhook_secret
 from wanfit.serve.metrics import Metrics
 from wanfit.serve.notices import word_notice
+from wanfit.serve.parts import engine_of, guard_of, make_private, open_outputs
 from wanfit.serve.protocol import protocol_options
 from wanfit.settings import Settings
 from wanfit.webhooks import Sender
@@ -56,7 +53,7 @@ def serve(settings: Settings) -> None:
             f"On {settings.host} anybody could use this server, and there is no API key",
             hint="wanfit keys add NAME makes one; or set WANFIT_API_KEY; or listen on 127.0.0.1",
         )
-    _make_private(settings.data)
+    make_private(settings.data)
     listener = _listen(settings)
     parts = _Parts(settings)
     config = uvicorn.Config(
@@ -83,16 +80,16 @@ class _Parts:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = JobStore(settings.database_url)
-        self.outputs = _outputs(settings)
+        self.outputs = open_outputs(settings)
         self.metrics = Metrics()
         self.supervisor = Supervisor(
             self.store,
             self.outputs,
-            [Engine(settings.device, settings.precision, settings.vram_bytes, settings.ram_bytes)],
+            [engine_of(settings)],
             log_dir=settings.data / "logs",
             observe=self.metrics.observe,
         )
-        guard = Guard(parse_allowed(",".join(settings.allowed_targets)))
+        guard = guard_of(settings)
         desk = Desk(self.store, self.supervisor.delete, self.metrics.ended)
         links = Links(read_secret(settings.data / "link-secret"), self.outputs, settings.url_s)
         self.hall = Hall(
@@ -187,24 +184,3 @@ def _listen(settings: Settings) -> socket.socket:
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _outputs(settings: Settings) -> OutputStore:
-    return open_store(
-        settings.outputs_place,
-        spool=settings.data / "spool",
-        retention=Retention(
-            max_age_s=settings.keep_s,
-            max_bytes=settings.keep_bytes,
-            min_free_bytes=settings.min_free_bytes,
-        ),
-        s3_endpoint=settings.s3_endpoint,
-    )
-
-
-def _make_private(directory: Path) -> None:
-    """Prompts, clips and hashes of keys are for nobody else on this machine."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise BadSetting(f"{str(directory)!r} cannot be made: {error.strerror}") from error

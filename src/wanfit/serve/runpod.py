@@ -190,17 +190,9 @@ class RunpodFace:
     async def purge_queue(self, request: Request) -> JSONResponse:
         """Cancels all of the caller's jobs that wait."""
         hall, owner = hall_of(request), caller_of(request).id
-        removed, after = 0, None
-        left = (await hall.desk.counts(owner))["queued"]
-        while left > 0:
-            page = await hall.desk.page(owner, after=after, limit=200, order="desc")
-            for job in page.jobs:
-                if job.state == "queued":
-                    left -= 1
-                    removed += (await hall.desk.cancel(job.id, owner)).state == "cancelled"
-            if not page.has_more:
-                break
-            after = page.jobs[-1].id
+        removed = 0
+        for job in await hall.desk.read(hall.desk.store.queued, owner):
+            removed += (await hall.desk.cancel(job.id, owner)).state == "cancelled"
         return JSONResponse({"removed": removed, "status": "completed"})
 
     async def health(self, request: Request) -> JSONResponse:

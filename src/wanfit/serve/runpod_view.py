@@ -11,6 +11,7 @@ from typing import Any
 from wanfit.jobs.job import Job
 from wanfit.outputs import Kept, OutputStore
 from wanfit.serve.hall import Hall
+from wanfit.serve.links import file_name
 from wanfit.serve.views import Seen, error_json, queue_json, report_json
 
 MAX_BASE64_BYTES = 7_000_000  # of a clip: base64 makes 4/3 of it, and RunPod's answers end at 10 MB
@@ -67,7 +68,7 @@ def output_json(job: Job, job_id: str, video: Mapping[str, str | None]) -> dict[
         "request_id": job_id,
         "status": "completed",
         **video,
-        "filename": f"{job.id}.mp4",
+        "filename": file_name(job, "video"),
         "metadata": {
             **job.request,
             "fps": result.fps,

@@ -20,6 +20,7 @@ from wanfit.errors import BadSetting
 from wanfit.fetch import Guard
 from wanfit.jobs.job import Job
 from wanfit.outputs import Bucket, OutputStore
+from wanfit.serve.links import file_name
 from wanfit.serve.problems import Problem
 from wanfit.serve.runpod_view import MAX_BASE64_BYTES, read_base64
 from wanfit.worker.settings import BUCKET_VARIABLES, BucketSettings, bucket_at
@@ -76,7 +77,7 @@ def deliver(
     """
     result = job.result
     assert result is not None
-    name = f"{job.id}.mp4"
+    name = file_name(job, "video")
     if bucket is not None:
         with _file(outputs, result.key) as path:
             bucket.upload(path, name, result.content_type, {"sha256": result.sha256})

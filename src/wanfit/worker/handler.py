@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -22,7 +21,7 @@ from typing import Any
 from wanfit.errors import KeyReused, NoSuchJob, WanfitError
 from wanfit.jobs.job import ID_PATTERN, Job, new_id
 from wanfit.outputs import Bucket
-from wanfit.serve.bodies import check_text
+from wanfit.serve.bodies import check_text, digest_of
 from wanfit.serve.door import Asked
 from wanfit.serve.gate import Caller
 from wanfit.serve.problems import Problem, internal_problem, no_such_job, problem_of
@@ -103,7 +102,7 @@ class Handler:
             return await self._status(order.status_of)
         asked = replace(
             read_envelope(body, order, self._own_id(request_id), takes_bucket=True),
-            extra={"asked": _digest(given)},
+            extra={"asked": digest_of(given)},
         )
         bucket = await asyncio.to_thread(job_bucket, delivered, parts.guard)
         job = await self._made(request_id, await self._accepted(asked))
@@ -225,10 +224,6 @@ def _policy(delivered: Mapping[str, Any]) -> dict[str, Any]:
     policy = delivered.get("policy")
     timeout_ms = policy.get("executionTimeout") if isinstance(policy, dict) else None
     return {} if timeout_ms is None else {"executionTimeout": timeout_ms}
-
-
-def _digest(given: object) -> str:
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
 def _progress_address() -> str:

@@ -6,15 +6,13 @@ import logging
 from contextlib import suppress
 
 from wanfit.errors import WanfitError
-from wanfit.fetch import Guard, parse_allowed
-from wanfit.jobs.job import Job
 from wanfit.jobs.store import JobStore
 from wanfit.jobs.supervisor import Supervisor
-from wanfit.jobs.wire import Engine
-from wanfit.outputs import Bucket, LocalOutputs, OutputStore, Retention, open_store
+from wanfit.outputs import Bucket, OutputStore, Retention
 from wanfit.outputs.s3 import S3Outputs
 from wanfit.serve.desk import Desk
 from wanfit.serve.door import Door
+from wanfit.serve.parts import engine_of, guard_of, open_outputs
 from wanfit.worker.settings import WorkerSettings
 
 log = logging.getLogger("wanfit.worker")
@@ -32,10 +30,10 @@ class Parts:
         self.supervisor = Supervisor(
             self.store,
             self.outputs,
-            [Engine(server.device, server.precision, server.vram_bytes, server.ram_bytes)],
+            [engine_of(server)],
             log_dir=server.data / "logs",
         )
-        self.guard = Guard(parse_allowed(",".join(server.allowed_targets)))
+        self.guard = guard_of(server)
         self.desk = Desk(self.store, self.supervisor.delete)
         self.door = Door(server, self.desk, self.guard)
         self.desk.open()
@@ -58,24 +56,11 @@ class Parts:
 
 def _outputs(settings: WorkerSettings) -> OutputStore:
     server, bucket = settings.server, settings.bucket
-    retention = Retention(
-        max_age_s=server.keep_s,
-        max_bytes=server.keep_bytes,
-        min_free_bytes=server.min_free_bytes,
-    )
-    if bucket is not None:
-        # It was tried at the start. What lies there is for whoever owns it to keep or to delete.
-        kept = Retention(min_free_bytes=server.min_free_bytes)
-        spool = server.data / "spool"
-        return S3Outputs(Bucket(bucket.place, bucket.credentials), spool, kept)
-    if server.outputs is None:
-        return LocalOutputs(server.data / "outputs", retention)
-    return open_store(
-        server.outputs_place,
-        spool=server.data / "spool",
-        retention=retention,
-        s3_endpoint=server.s3_endpoint,
-    )
+    if bucket is None:
+        return open_outputs(server)
+    # It was tried at the start. What lies there is for whoever owns it to keep or to delete.
+    kept = Retention(min_free_bytes=server.min_free_bytes)
+    return S3Outputs(Bucket(bucket.place, bucket.credentials), server.data / "spool", kept)
 
 
 def _forget_earlier(store: JobStore) -> None:
@@ -83,22 +68,9 @@ def _forget_earlier(store: JobStore) -> None:
     for what is delivered now. In a database that workers share, others may wait for theirs."""
     if not store.is_of_one_host:
         return
-    left = [claim.job for claim in store.running()] + _queued(store)
+    left = [claim.job for claim in store.running()] + store.queued()
     for job in left:
         with suppress(WanfitError):
             store.cancel(job.id)
     if left:
         log.info("%d jobs of an earlier life of this worker are given up", len(left))
-
-
-def _queued(store: JobStore) -> list[Job]:
-    waiting = store.counts()["queued"]
-    found: list[Job] = []
-    after = None
-    while len(found) < waiting:
-        page = store.page(after=after, limit=200)
-        found += [job for job in page.jobs if job.state == "queued"]
-        if not page.has_more:
-            break
-        after = page.jobs[-1].id
-    return found

@@ -13,6 +13,7 @@ import signal
 from typing import Any
 
 from wanfit.errors import BadSetting
+from wanfit.serve.parts import make_private
 from wanfit.worker.delivery import checked
 from wanfit.worker.drain import Drain, Drained
 from wanfit.worker.handler import Handler
@@ -30,7 +31,7 @@ def run(settings: WorkerSettings) -> None:
     """
     if settings.bucket is not None:
         checked(settings.bucket)
-    _make_private(settings)
+    make_private(settings.server.data)
     if not any(os.environ.get(name) for name in LOG_VARIABLES):
         os.environ[LOG_VARIABLES[0]] = "INFO"  # at DEBUG it logs prompts and whole clips
     start = _sdk_start()
@@ -55,11 +56,3 @@ def _sdk_start() -> Any:  # the SDK has no types
             f"RunPod's SDK is not there: {error}", hint="pip install 'wanfit[runpod]'"
         ) from None
     return start
-
-
-def _make_private(settings: WorkerSettings) -> None:
-    directory = settings.server.data
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise BadSetting(f"{str(directory)!r} cannot be made: {error.strerror}") from error

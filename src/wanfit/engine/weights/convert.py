@@ -136,10 +136,7 @@ def convert_model(
     began_s = time.perf_counter()
     assert precision in STORE_PRECISIONS, precision
     target = target.resolve()
-    # What lies in the target comes first, so that this is what is said.
-    paths = {source.path.resolve(), *(path.resolve() for path in _weight_files(source))}
-    for path in sorted(paths, key=lambda path: target not in path.parents):
-        check_target(path, target)
+    check_target(source.path, target, _weight_files(source))
     if source.precision == "fp8":
         raise BadOption(f"{source.path} is a store in fp8", hint="Convert what it was made from")
     plans = [plan_file(source, network, precision) for network in network_names(source.spec)]

@@ -139,11 +139,15 @@ def allocated_bytes(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
-def check_target(source: Path, target: Path) -> None:
-    """Raises BadOutput unless `target` is free, or a store that may be replaced."""
+def check_target(source: Path, target: Path, files: Iterable[Path] = ()) -> None:
+    """Raises BadOutput unless `target` is free, or a store that may be replaced.
+
+    files: of the source, which may lie elsewhere.
+    """
     with write_errors(target):
-        source, target = source.resolve(), target.resolve()
-        if target == source or target in source.parents:
+        target = target.resolve()
+        sources = [path.resolve() for path in (source, *files)]
+        if any(target == path or target in path.parents for path in sources):
             raise BadOutput(f"{target} holds the source", hint="Choose another path")
         if target.is_mount():
             raise BadOutput(
