@@ -93,6 +93,5 @@ def drip(connection: socket.socket, data: bytes, every_s: float) -> None:
 
 def bomb(num_bytes: int) -> bytes:
     """So many zeros, packed to a thousandth."""
-    return gzip.compress(
-        bytes(num_bytes), mtime=0
-    )  # the same bytes, whenever a test is named by them
+    # Without the time of packing, which would differ in the names of tests that have it in them.
+    return gzip.compress(bytes(num_bytes), mtime=0)
